@@ -1,0 +1,46 @@
+# Everything runs in .venv with the versions of constraints.txt; nothing is installed by hand.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --no-input -c constraints.txt
+
+.PHONY: help install install-dev quickstart lint test test-faults bench clean
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing raydist into $(VENV) (once)"
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "installing what the tests need"
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+install: $(VENV)/.installed  ## install raydist into .venv
+
+install-dev: $(VENV)/.installed-dev  ## install raydist and what its tests need
+
+quickstart: $(VENV)/.installed  ## prepare real text, train, track, pull and sample on this machine
+	@$(BIN)/python jobs/quickstart.py
+
+lint: $(VENV)/.installed-dev  ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+test: lint  ## lint, types and every test that needs no GPU
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m "not slow and not gpu"
+
+test-faults: $(VENV)/.installed-dev  ## kill workers in the middle of real runs (minutes)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults -m "slow and not gpu"
+
+bench: $(VENV)/.installed-dev  ## measure against the peers; writes benchmarks/results/
+	@$(BIN)/python benchmarks/step.py
+	@$(BIN)/python benchmarks/loader.py
+
+clean:  ## remove what the quickstart made (not .venv)
+	@rm -rf runs/quickstart runs/data build dist

@@ -1,0 +1,1 @@
+"""Token datasets: sources, tokenizers, preparation, and a loader whose order is a function of (seed, epoch, row)."""

@@ -1,0 +1,217 @@
+"""Batches of rows for one rank, prepared ahead in a background thread."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+
+from data_loaders.gather import gather
+from data_loaders.mixture import Mixture
+from data_loaders.permutation import IntArray
+from raydist.core.errors import ConfigError
+from raydist.core.rows import Rows
+
+Item = TypeVar("Item")
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class LoaderState:
+    """All that a restart needs.
+
+    Attributes:
+        samples_consumed: samples that the consumer took, over all ranks, since the start of the run.
+        manifest_hash: hash of the datasets, shares, seq_len, seed and order; another one means other data.
+    """
+
+    samples_consumed: int
+    manifest_hash: str
+
+
+class Loader(Generic[Item]):
+    """Iterates over this rank's slice of each step's batch, for ever or for ``num_steps``.
+
+    The step's batch is samples ``[s, s + batch_rows)`` of the mixture, whatever the world size; rank r takes the r-th of
+    ``world_size`` equal slices. Iterating again goes on after the last item that was taken.
+
+    Args:
+        mixture: what sample ``i`` is.
+        batch_rows: rows of a step over all ranks.
+        rank: this worker's rank.
+        world_size: number of workers; must divide ``batch_rows``.
+        start_sample: samples consumed before (``LoaderState.samples_consumed``).
+        start_step: the step number of the first batch.
+        num_steps: batches to yield, or None for ever.
+        prefetch_steps: batches gathered at a time, of which one such group is always ready.
+        transform: applied to each batch in the background thread, for example an objective's corruption.
+
+    Raises:
+        ConfigError: the batch does not divide.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        *,
+        batch_rows: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_sample: int = 0,
+        start_step: int = 0,
+        num_steps: int | None = None,
+        prefetch_steps: int = 2,
+        transform: Callable[[Rows], Item] | None = None,
+    ) -> None:
+        if batch_rows % world_size:
+            raise ConfigError(
+                "the batch does not divide over the workers",
+                where="training.batch_rows",
+                found=f"{batch_rows} rows, {world_size} workers",
+                expected="a multiple of the number of workers",
+            )
+        self._steps = _RankSteps(mixture, batch_rows, rank, world_size, start_step, start_sample, transform)
+        self._num_steps = num_steps
+        self._steps_consumed = 0
+        self._prefetch_steps = prefetch_steps
+        self._producer: _Producer | None = None
+
+    @property
+    def state(self) -> LoaderState:
+        """What the consumer took so far; batches that were only prefetched do not count."""
+        consumed = self._steps.start_sample + self._steps_consumed * self._steps.batch_rows
+        return LoaderState(consumed, self._steps.mixture.sha256)
+
+    def rows(self, *, first_sample: int, step: int = 0) -> Rows:
+        """This rank's rows of the batch that begins at a sample; reads at once, without the thread."""
+        return self._steps.gather_from(first_sample, first_step=step, num_steps=1)[0]
+
+    def rows_of_step(self, step: int) -> Rows:
+        """This rank's rows of a step, before or after the ones that were iterated over."""
+        first_sample = self._steps.start_sample + (step - self._steps.start_step) * self._steps.batch_rows
+        return self.rows(first_sample=first_sample, step=step)
+
+    def __iter__(self) -> Iterator[Item]:
+        self.close()
+        producer = _Producer(
+            self._steps, first=self._steps_consumed, stop=self._num_steps, group_steps=self._prefetch_steps
+        )
+        self._producer = producer
+        weakref.finalize(self, producer.stopped.set)
+        while (group := producer.next_group()) is not None:
+            for item in group:
+                self._steps_consumed += 1
+                yield item
+
+    def close(self) -> None:
+        """Ends the background thread and drops what it prepared. The loader may be iterated again."""
+        if self._producer is not None:
+            self._producer.close()
+            self._producer = None
+
+
+@dataclass(frozen=True)
+class _RankSteps:
+    """What one rank reads in each step."""
+
+    mixture: Mixture
+    batch_rows: int
+    rank: int
+    world_size: int
+    start_step: int
+    start_sample: int
+    transform: Callable[[Rows], Any] | None
+
+    def gather_from(self, first_sample: int, *, first_step: int, num_steps: int) -> list[Rows]:
+        """This rank's rows of consecutive steps, read together and returned as views, one a step."""
+        rank_rows = self.batch_rows // self.world_size
+        starts_K1 = first_sample + self.rank * rank_rows + np.arange(num_steps, dtype=np.int64)[:, None] * self.batch_rows
+        samples_N: IntArray = (starts_K1 + np.arange(rank_rows, dtype=np.int64)).reshape(-1)
+        rows = gather(self.mixture, samples_N)
+        return [
+            Rows(
+                step=first_step + k,
+                tokens_BS=rows.tokens_NS[part],
+                documents_BS=rows.documents_NS[part],
+                loss_mask_BS=None if rows.loss_mask_NS is None else rows.loss_mask_NS[part],
+                rows_B=rows.rows_N[part],
+                epochs_B=rows.epochs_N[part],
+            )
+            for k in range(num_steps)
+            for part in [slice(k * rank_rows, (k + 1) * rank_rows)]
+        ]
+
+    def items(self, first: int, *, num_steps: int) -> list[Any]:
+        """The transformed batches of the ``first``-th step after the start and the following ones."""
+        batches = self.gather_from(
+            self.start_sample + first * self.batch_rows, first_step=self.start_step + first, num_steps=num_steps
+        )
+        return batches if self.transform is None else [self.transform(rows) for rows in batches]
+
+
+class _Producer:
+    """The background thread. It hands over groups of steps, so that a hand-over costs little per step."""
+
+    def __init__(self, steps: _RankSteps, *, first: int, stop: int | None, group_steps: int) -> None:
+        self.stopped = threading.Event()
+        self._groups: queue.Queue[list[Any] | BaseException | None] = queue.Queue(maxsize=1)
+        self._thread = threading.Thread(
+            target=_produce,
+            args=(steps, first, stop, group_steps, self._groups, self.stopped),
+            name="raydist-loader",
+            daemon=True,
+        )
+        self._thread.start()
+
+    def next_group(self) -> list[Any] | None:
+        group = None if self.stopped.is_set() else self._groups.get()
+        if isinstance(group, BaseException):
+            self.close()
+            raise group
+        return group
+
+    def close(self) -> None:
+        self.stopped.set()
+        self._thread.join()
+
+
+def _produce(
+    steps: _RankSteps,
+    first: int,
+    stop: int | None,
+    group_steps: int,
+    groups: queue.Queue[list[Any] | BaseException | None],
+    stopped: threading.Event,
+) -> None:
+    torch.set_grad_enabled(False)
+    try:
+        while stop is None or first < stop:
+            num_steps = 1 if first == 0 else group_steps
+            num_steps = num_steps if stop is None else min(num_steps, stop - first)
+            if not _hand_over(steps.items(first, num_steps=num_steps), groups, stopped):
+                return
+            first += num_steps
+        _hand_over(None, groups, stopped)
+    except BaseException as error:
+        _hand_over(error, groups, stopped)
+
+
+def _hand_over(
+    group: list[Any] | BaseException | None,
+    groups: queue.Queue[list[Any] | BaseException | None],
+    stopped: threading.Event,
+) -> bool:
+    """Puts a group; False if the consumer is gone."""
+    while not stopped.is_set():
+        try:
+            groups.put(group, timeout=_POLL_S)
+        except queue.Full:
+            continue
+        return True
+    return False

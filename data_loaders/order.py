@@ -1,0 +1,112 @@
+"""Which row of a dataset is read when: a pure function of (seed, epoch, position), with random access.
+
+Shards are permuted in each epoch and grouped into windows; rows are permuted inside a window. World size never enters.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from data_loaders.permutation import IntArray, keyed_permutation, order_key
+
+OrderName = Literal["shuffled", "sequential"]
+_CACHED_EPOCHS = 4
+
+
+@dataclass(frozen=True)
+class RowAddresses:
+    """Where rows lie.
+
+    Attributes:
+        epochs_N: how often each row was read before, int64 ``[N]``.
+        shards_N: shard index, int64 ``[N]``.
+        local_rows_N: row inside its shard, int64 ``[N]``.
+        rows_N: row inside its dataset, counted in file order whatever the order of reading, int64 ``[N]``.
+    """
+
+    epochs_N: IntArray
+    shards_N: IntArray
+    local_rows_N: IntArray
+    rows_N: IntArray
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """The layout of one epoch: shards in order of reading, and where each and its window begin.
+
+    Attributes:
+        shards_S: shard index at each place.
+        starts_S1: position of the first row of each place; the last entry is the number of rows.
+        window_starts_S: position of the first row of the place's window.
+        window_sizes_S: rows of the place's window.
+    """
+
+    shards_S: IntArray
+    starts_S1: IntArray
+    window_starts_S: IntArray
+    window_sizes_S: IntArray
+
+
+class RowOrder:
+    """The order of one dataset's rows.
+
+    Args:
+        rows_per_shard: int64 ``[num_shards]``.
+        seed: of the order.
+        window_shards: shards whose rows are shuffled together; bounds what must be on the node at once.
+        order: ``sequential`` reads rows as they lie.
+    """
+
+    def __init__(self, rows_per_shard: IntArray, *, seed: int, window_shards: int, order: OrderName) -> None:
+        self.rows_per_shard = rows_per_shard
+        self.num_rows = int(rows_per_shard.sum())
+        self._first_rows_S = np.cumsum(rows_per_shard) - rows_per_shard
+        self._seed = seed
+        self._window_shards = window_shards
+        self._order = order
+        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
+
+    def locate(self, samples_N: IntArray) -> RowAddresses:
+        """Addresses of the dataset's samples ``samples_N``; sample j is position ``j % num_rows`` of epoch ``j // num_rows``."""
+        epochs_N, positions_N = np.divmod(samples_N, self.num_rows)
+        shards_N, local_rows_N = np.empty_like(samples_N), np.empty_like(samples_N)
+        for epoch in np.unique(epochs_N):
+            chosen_N = epochs_N == epoch
+            shards_N[chosen_N], local_rows_N[chosen_N] = self._locate_in_epoch(int(epoch), positions_N[chosen_N])
+        return RowAddresses(epochs_N, shards_N, local_rows_N, self._first_rows_S[shards_N] + local_rows_N)
+
+    def _locate_in_epoch(self, epoch: int, positions_N: IntArray) -> tuple[IntArray, IntArray]:
+        layout = self._layout(epoch)
+        places_N = np.searchsorted(layout.starts_S1, positions_N, side="right") - 1
+        if self._order == "shuffled":
+            window_starts_N = layout.window_starts_S[places_N]
+            positions_N = window_starts_N + keyed_permutation(
+                positions_N - window_starts_N,
+                size=layout.window_sizes_S[places_N],
+                key=order_key(self._seed, "rows", epoch),
+                tweak=window_starts_N,
+            )
+            places_N = np.searchsorted(layout.starts_S1, positions_N, side="right") - 1
+        return layout.shards_S[places_N], positions_N - layout.starts_S1[places_N]
+
+    def _layout(self, epoch: int) -> _Epoch:
+        if epoch not in self._epochs:
+            self._epochs[epoch] = self._make_layout(epoch)
+            while len(self._epochs) > _CACHED_EPOCHS:
+                self._epochs.popitem(last=False)
+        return self._epochs[epoch]
+
+    def _make_layout(self, epoch: int) -> _Epoch:
+        num_shards = len(self.rows_per_shard)
+        shards_S = np.arange(num_shards, dtype=np.int64)
+        if self._order == "shuffled":
+            shards_S = keyed_permutation(shards_S, size=num_shards, key=order_key(self._seed, "shards", epoch))
+        starts_S1 = np.concatenate([[0], np.cumsum(self.rows_per_shard[shards_S])])
+        first_place_S = np.arange(num_shards) // self._window_shards * self._window_shards
+        end_place_S = np.minimum(first_place_S + self._window_shards, num_shards)
+        window_starts_S = starts_S1[first_place_S]
+        return _Epoch(shards_S, starts_S1, window_starts_S, starts_S1[end_place_S] - window_starts_S)

@@ -1,0 +1,158 @@
+"""DCP's two ends: saving stops at host memory, loading starts at verified files.
+
+DCP plans who holds and who needs which chunk, and its collectives must run in the main thread of every worker. So its
+writer here only copies the planned chunks to host memory; a thread stores them later, without any collective.
+Parameters may change as soon as the save returns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from raydist.checkpoint.files import open_verified
+from raydist.checkpoint.layout import Checkpoint, shard_name
+from raydist.checkpoint.metadata import ChunkPlace, chunk_name, metadata_to_json
+from raydist.checkpoint.shards import ShardReader
+from raydist.core import storage
+from raydist.core.errors import CheckpointError
+
+
+def _done(value: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future
+
+
+def _to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of all tensors in host memory, page-locked where they come from a GPU; one wait for all."""
+    copies = {}
+    for name, tensor in tensors.items():
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        copies[name] = copy.copy_(tensor, non_blocking=True)
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        torch.cuda.synchronize()
+    return copies
+
+
+class HostStagingWriter(StorageWriter):  # type: ignore[misc]
+    """Collects this worker's chunks in host memory.
+
+    Attributes:
+        chunks: name in the shard file to host tensor, filled by the save.
+        table: the content of ``metadata.json``; on rank 0 only.
+    """
+
+    def __init__(self, *, rank: int) -> None:
+        self._file = shard_name(rank)
+        self.chunks: dict[str, Tensor] = {}
+        self.table: dict[str, Any] = {}
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        """A writer serves one save; nothing to reset."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing is opened before the data is on the host."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """DCP's plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """DCP's plans as they are."""
+        return plans
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Copies the planned chunks and says where they will be."""
+        sources, results = {}, []
+        for item in plan.items:
+            name = chunk_name(item.index.fqn, tuple(item.index.offset or ()))
+            sources[name] = planner.resolve_data(item).detach()
+            results.append(WriteResult(item.index, sources[name].nbytes, ChunkPlace(self._file, name)))
+        self.chunks = _to_host(sources)
+        return _done(results)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Keeps the table of all workers' chunks."""
+        metadata.storage_data = {result.index: result.storage_data for of_rank in results for result in of_rank}
+        self.table = metadata_to_json(metadata)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        """DCP never makes this writer from a path."""
+        return False
+
+    def storage_meta(self) -> StorageMeta | None:
+        """None: the table needs no ids."""
+        return None
+
+
+class VerifiedShardReader(StorageReader):  # type: ignore[misc]
+    """Reads the rows that this worker's shards need; every byte is verified."""
+
+    def __init__(self, checkpoint: Checkpoint, *, metadata: Metadata) -> None:
+        self._checkpoint = checkpoint
+        self._metadata = metadata
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        """A reader serves one checkpoint; nothing to reset."""
+
+    def read_metadata(self) -> Metadata:
+        """The table that was read, as JSON, before."""
+        return self._metadata
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool) -> None:
+        """Nothing to open before the plan is known."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """DCP's plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """DCP's plans as they are."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Copies the planned chunks into the model's and the optimizer's tensors.
+
+        Raises:
+            CheckpointError: a file is missing or damaged.
+        """
+        by_file: dict[str, list[tuple[str, ReadItem]]] = {}
+        for item in plan.items:
+            place = self._metadata.storage_data[item.storage_index]
+            by_file.setdefault(place.file, []).append((place.name, item))
+        for file, items in by_file.items():
+            if file not in self._checkpoint.files:
+                raise CheckpointError("a shard file is not in the marker", where=self._checkpoint.folder, expected=file)
+            path = storage.join(self._checkpoint.folder, file)
+            with open_verified(path, record=self._checkpoint.files[file]) as reader:
+                shard = ShardReader(reader)
+                for name, item in sorted(items, key=lambda pair: shard.start(pair[0])):
+                    _read_item(shard, name, item, planner)
+        return _done(None)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        """DCP never makes this reader from a path."""
+        return False
+
+
+def _read_item(shard: ShardReader, name: str, item: ReadItem, planner: LoadPlanner) -> None:
+    target = planner.resolve_tensor(item).detach()
+    if target.numel():
+        if item.lengths:
+            start, length = item.storage_offsets[0], item.lengths[0]
+            source = shard.rows(name, start=start, stop=start + length)
+            source = narrow_tensor_by_index(source, (0, *item.storage_offsets[1:]), item.lengths)
+        else:
+            source = shard.whole(name)
+        target.copy_(source)
+    planner.commit_tensor(item, target)

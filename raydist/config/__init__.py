@@ -1,0 +1,1 @@
+"""Typed configuration: strict schema, YAML overlays, ``key.sub=value``, choices by name."""

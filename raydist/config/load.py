@@ -1,0 +1,187 @@
+"""From a recipe file and overrides to one resolved configuration.
+
+Later wins: schema defaults <- ``base.yaml`` <- the recipe <- ``key.sub=value``. ``base.yaml`` is taken from the recipe's folder or
+the nearest folder above it that has one. Where an overlay chooses another ``name`` for a choice (objective, sampler, ...), the
+fields of the earlier choice are dropped with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from raydist.config.base import validated
+from raydist.config.schema import RunConfig
+from raydist.core.errors import ConfigError
+
+_BASE_NAME = "base.yaml"
+_MAX_LEVELS_UP = 2
+
+# What may change between the attempts of one run: none of it reaches the weights beyond the order of a sum.
+_NOT_IDENTITY = (
+    "name",
+    "output_dir",
+    "tracking",
+    "scaling",
+    "checkpoint",
+    "sampling",
+    "data.cache_dir",
+    "data.cache_limit",
+    "data.prefetch_steps",
+    "training.microbatch_rows",
+    "training.log_every_steps",
+    "training.num_threads",
+    "model.attention",
+    "model.recompute",
+    "model.compile",
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A resolved recipe.
+
+    Attributes:
+        config: the validated configuration; ``config.name`` is always set.
+        config_hash: identifies what the run computes; equal hashes may resume each other.
+        path: the recipe file.
+    """
+
+    config: RunConfig
+    config_hash: str
+    path: str
+
+
+def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe file with its overlays.
+
+    Args:
+        path: a YAML file.
+        overrides: ``key.sub=value`` strings; values are YAML.
+
+    Raises:
+        ConfigError: the file is missing or no YAML, a key is unknown or misspelt, a value does not fit.
+    """
+    if not os.path.isfile(path):
+        raise ConfigError(
+            "no such recipe", where=path, expected="a YAML file", fix="ls jobs/recipes shows the recipes that come along"
+        )
+    merged: dict[str, Any] = {}
+    for layer in (_find_base(path), path):
+        if layer is not None:
+            merged = merge(merged, _read_yaml(layer))
+    merged = merge(merged, parse_overrides(overrides))
+    return resolve(merged, path=path)
+
+
+def resolve(values: dict[str, Any], *, path: str) -> Recipe:
+    """Validates merged values and computes what follows from them."""
+    config = validated(RunConfig, values)
+    config_hash = identity_hash(config)
+    if config.name is None:
+        stem = os.path.splitext(os.path.basename(path))[0]
+        config = config.model_copy(update={"name": f"{stem}-{config_hash[:8]}"})
+    return Recipe(config=config, config_hash=config_hash, path=path)
+
+
+def read_resolved(path: str) -> Recipe:
+    """Reads the ``config.yaml`` that a run directory keeps."""
+    return resolve(_read_yaml(path), path=path)
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """The whole resolved configuration as YAML, readable by :func:`read_resolved`."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def identity_hash(config: RunConfig) -> str:
+    """SHA-256 of the keys that decide what the run computes."""
+    values = config.model_dump(mode="json")
+    for key in _NOT_IDENTITY:
+        *parents, leaf = key.split(".")
+        node = values
+        for part in parents:
+            node = node[part]
+        node.pop(leaf)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def changed_identity_keys(old: RunConfig, new: RunConfig) -> list[str]:
+    """Dotted keys on which two configurations differ and must not, for a resume."""
+    before, after = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
+    allowed = tuple(key + "." for key in _NOT_IDENTITY)
+    keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    return [key for key in keys if not (key + ".").startswith(allowed)]
+
+
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts and lists as ``{"a.b.0": leaf}``."""
+    items = values.items() if isinstance(values, dict) else enumerate(values)
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        name = f"{prefix}{key}"
+        if isinstance(value, dict | list) and value:
+            flat.update(flatten(value, name + "."))
+        else:
+            flat[name] = value
+    return flat
+
+
+def merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
+    """``overlay`` over ``base``; dicts merge, everything else is replaced, a changed choice replaces the whole choice."""
+    if "name" in overlay and "name" in base and overlay["name"] != base["name"]:
+        return dict(overlay)
+    merged = dict(base)
+    for key, value in overlay.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """``["a.b=1", "c=[x,y]"]`` as nested values.
+
+    Raises:
+        ConfigError: an override has no ``=`` or an empty key.
+    """
+    for override in overrides:
+        key, separator, _ = override.partition("=")
+        if not separator or not key or not all(key.split(".")):
+            raise ConfigError("not an override", found=repr(override), expected="key.sub=value")
+    try:
+        values = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError("an override cannot be read", found=" ".join(overrides), expected=_first_line(error)) from None
+    return values  # type: ignore[return-value]
+
+
+def _find_base(path: str) -> str | None:
+    folder = os.path.dirname(os.path.abspath(path))
+    for _ in range(_MAX_LEVELS_UP):
+        candidate = os.path.join(folder, _BASE_NAME)
+        if os.path.isfile(candidate) and os.path.abspath(path) != candidate:
+            return candidate
+        folder = os.path.dirname(folder)
+    return None
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError("cannot be read as YAML", where=path, found=_first_line(error)) from None
+    if not isinstance(values, dict):
+        raise ConfigError("a recipe is a mapping of keys", where=path, found=type(values).__name__)
+    return {str(key): value for key, value in values.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

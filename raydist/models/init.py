@@ -1,0 +1,65 @@
+"""Random weights as a pure function of (parameter name, seed).
+
+Each parameter has its own generator, so any process can make any parameter, whole, in any order: sharded and plain
+construction agree bit for bit.
+
+The law is torchtitan's. Llama: query, key, value and gate have standard deviation 0.02; output, up and down
+``0.02 / sqrt(2 (layer + 1))``; the embedding 1; the head ``D ** -0.5``, so that logits start near zero and the loss near
+``ln V``; a tied table follows the head's law for the same reason. Qwen-3: 0.02 everywhere. Norms are 1. Llama's matrices are
+cut at three standard deviations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from raydist.models.config import DecoderConfig
+from raydist.models.decoder import Decoder
+
+_DEPTH_SCALED = ("attention.output.weight", "feed_forward.up.weight", "feed_forward.down.weight")
+_CUT_STDS = 3.0
+
+
+def initial_value(name: str, shape: tuple[int, ...] | torch.Size, *, config: DecoderConfig, seed: int) -> Tensor:
+    """The initial value of one parameter, float32 on CPU.
+
+    Args:
+        name: the parameter's name in :class:`~raydist.models.decoder.Decoder`.
+        shape: its full shape.
+        config: names the family, the width and whether the head is tied.
+        seed: of the run's weights.
+    """
+    if name.endswith("norm.weight"):
+        return torch.ones(shape)
+    std, cut = _law(name, config)
+    digest = hashlib.blake2b(f"{seed}\x00{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    value = torch.empty(shape)
+    if cut:
+        return nn.init.trunc_normal_(value, std=std, a=-_CUT_STDS * std, b=_CUT_STDS * std, generator=generator)
+    return nn.init.normal_(value, std=std, generator=generator)
+
+
+def initialize(decoder: Decoder, seed: int) -> None:
+    """Fills a decoder that is not on the meta device."""
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            parameter.copy_(initial_value(name, parameter.shape, config=decoder.config, seed=seed))
+
+
+def _law(name: str, config: DecoderConfig) -> tuple[float, bool]:
+    """``(standard deviation, whether the tails are cut)`` of a matrix."""
+    if config.family == "qwen3":
+        return 0.02, False
+    if name == "embedding.weight" and not config.tied_embeddings:
+        return 1.0, False
+    if name in ("embedding.weight", "head.weight"):
+        return config.width**-0.5, True
+    if name.endswith(_DEPTH_SCALED):
+        layer = int(name.split(".")[1])
+        return 0.02 / math.sqrt(2 * (layer + 1)), True
+    return 0.02, True

@@ -1,0 +1,56 @@
+"""Rotary position embedding in the half-split layout of Hugging Face weights: channel i turns with channel i + h/2."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raydist.models.config import DecoderConfig, RopeScaling
+
+
+def rope_frequencies(config: DecoderConfig, *, device: torch.device | str = "cpu") -> Tensor:
+    """Radians per position, ``theta ** (-2 i / h)`` for i = 0 .. h/2 - 1, scaled where the config says so; float32 ``[h/2]``."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    return frequencies if config.rope_scaling is None else scale_frequencies(frequencies, scaling=config.rope_scaling)
+
+
+def scale_frequencies(frequencies: Tensor, *, scaling: RopeScaling) -> Tensor:
+    """The Llama-3.1 rule: fast frequencies stay, slow ones are divided by ``factor``, those between are blended.
+
+    With N the original context and wavelength ``2 pi / w``: unchanged below ``N / high``, divided above ``N / low``, else
+    ``(1 - s) w / factor + s w`` with ``s = (N / wavelength - low) / (high - low)``. (Llama 3 reference code.)
+    """
+    wavelengths = 2 * math.pi / frequencies
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    blend = (scaling.original_max_positions / wavelengths - low) / (high - low)
+    blend = blend.clamp(0.0, 1.0)
+    return (1 - blend) * frequencies / scaling.factor + blend * frequencies
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The rotation of each token's heads, made once a forward and shared by all layers.
+
+    Attributes:
+        cos_B1Lh: cosine of each channel's angle, float32.
+        sin_B1Lh: sine, negated in the first half of the channels.
+    """
+
+    cos_B1Lh: Tensor
+    sin_B1Lh: Tensor
+
+    @classmethod
+    def at(cls, positions_BL: Tensor, *, frequencies: Tensor) -> Rotation:
+        """The rotation by ``position * frequency``."""
+        angles_B1Lf = positions_BL[:, None, :, None].to(torch.float32) * frequencies
+        cos, sin = angles_B1Lf.cos(), angles_B1Lf.sin()
+        return cls(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
+
+    def apply(self, x_BHLh: Tensor) -> Tensor:
+        """Rotates queries or keys, in float32; returns their own dtype."""
+        swapped_BHLh = x_BHLh.roll(x_BHLh.shape[-1] // 2, dims=-1)
+        return torch.addcmul(x_BHLh * self.cos_B1Lh, swapped_BHLh, self.sin_B1Lh).to(x_BHLh.dtype)

@@ -1,0 +1,123 @@
+"""The objective contract: corrupt, terms, combine. An objective never sees the trainer, the model or the vocabulary's logits."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raydist.config.base import StrictModel
+from raydist.core.rng import RowRng
+from raydist.core.rows import Rows
+from raydist.core.terms import HeadTerm, TermResult
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """The special ids that the dataset's manifest fixed."""
+
+    vocab_size: int
+    bos: int | None
+    eos: int | None
+    mask: int | None
+    pad: int | None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective needs of the model and the planner.
+
+    Attributes:
+        heads: names of the model heads that its terms read.
+        sequence_factor: model positions per clean token (2 where clean and noised copies stand side by side).
+        bidirectional: True where attention is not causal.
+        time: True where the model takes a time input.
+        mask_token: True where the vocabulary must hold a mask id.
+    """
+
+    heads: tuple[str, ...] = ("lm",)
+    sequence_factor: int = 1
+    bidirectional: bool = False
+    time: bool = False
+    mask_token: bool = False
+
+
+@dataclass(frozen=True)
+class NoisedBatch:
+    """What ``corrupt`` made of a batch of rows. The loop looks at ``inputs`` and ``counts`` only.
+
+    Attributes:
+        inputs: keyword arguments of the model: ``tokens_BL``, ``positions_BL``, ``mask`` and, where declared, ``time_BL``.
+        counts: name of a denominator -> its value for this batch. Plain numbers: they depend on data and noise only, are
+            known before the forward, and are summed over microbatches and ranks before anything is divided.
+        targets: what ``terms`` needs, private to the objective.
+    """
+
+    inputs: dict[str, Any]
+    counts: dict[str, float]
+    targets: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A metric that is a ratio of sums over all microbatches and ranks; both scalars are detached float32 tensors."""
+
+    total: Tensor
+    count: Tensor
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """The cost of one microbatch before the global division.
+
+    Attributes:
+        sums: denominator name -> loss sum with gradient. The loss of the step is
+            ``sum over names of (sum over ranks and microbatches of sums[name]) / (the same sum of counts[name])``.
+        metrics: metric name -> :class:`Mean`.
+    """
+
+    sums: dict[str, Tensor]
+    metrics: dict[str, Mean]
+
+
+class Objective(ABC):
+    """One training objective. Stateless; noise comes from the :class:`RowRng` alone."""
+
+    needs: Needs = Needs()
+
+    @abstractmethod
+    def corrupt(self, rows: Rows, rng: RowRng) -> NoisedBatch:
+        """Clean rows to model inputs; may change the length. Runs on CPU, in the loader's thread."""
+
+    @abstractmethod
+    def terms(self, noised: NoisedBatch) -> list[HeadTerm]:
+        """Which positions carry which cost."""
+
+    def combine(self, results: Sequence[TermResult]) -> LossTerms:
+        """Adds up term results; each term's mean cost is the metric ``loss/<name>``."""
+        sums: dict[str, Tensor] = {}
+        metrics: dict[str, Mean] = {}
+        for result in results:
+            name = result.term.denominator
+            sums[name] = sums[name] + result.loss_sum if name in sums else result.loss_sum
+            count = torch.full_like(result.loss_sum, float(result.losses_T.numel()), requires_grad=False)
+            metrics[f"loss/{result.term.name}"] = Mean(total=result.losses_T.sum(), count=count)
+        return LossTerms(sums=sums, metrics=metrics)
+
+
+class ObjectiveConfig(StrictModel):
+    """The base of the configuration of an objective; a subclass is registered under its ``name``."""
+
+    name: str
+
+    def build(self, ids: TokenIds) -> Objective:
+        """The objective for a vocabulary.
+
+        Raises:
+            ConfigError: the vocabulary lacks an id that the objective needs.
+        """
+        raise NotImplementedError(type(self).__name__)

@@ -1,0 +1,1 @@
+"""How a trained model is rolled out. One file per sampler; :mod:`raydist.sampling.base` is the protocol."""

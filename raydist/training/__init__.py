@@ -1,0 +1,1 @@
+"""The one loop. Plain torch.distributed: the same code runs under ``python``, ``torchrun``, tests and Ray."""

@@ -1,0 +1,49 @@
+"""Where others look into the loop: progress bars, reports to Ray, pictures. Called on rank 0 unless said otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What is known when the loop starts.
+
+    Attributes:
+        name: the run's name.
+        num_steps: optimizer steps of the whole run.
+        start_step: the first step of this attempt.
+        num_parameters: of the model.
+        tokens_per_step: clean tokens that one step reads, over all workers.
+        world_size: workers.
+        attempt: 1 for the first start of the run, one more after each restart.
+    """
+
+    name: str
+    num_steps: int
+    start_step: int
+    num_parameters: int
+    tokens_per_step: int
+    world_size: int
+    attempt: int
+
+
+class Hook:
+    """Does nothing; override what you need. A hook must not raise for trouble of its own."""
+
+    def on_start(self, facts: RunFacts) -> None:
+        """Before the first step."""
+
+    def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """After a log line's metrics are known; ``step`` steps are done."""
+
+    def on_every_rank(self, step: int, metrics: Mapping[str, float]) -> None:
+        """At each checkpoint, on every rank at the same step: the place for a barrier such as Ray Train's report."""
+
+    def on_checkpoint(self, step: int) -> None:
+        """After a checkpoint was handed over for writing."""
+
+    def on_end(self, result: Mapping[str, Any]) -> None:
+        """After the last step, when everything is written."""

@@ -1,0 +1,182 @@
+"""The loop: read, step, log, validate, save. Everything that waits for the device happens at steps known in advance."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from raydist.checkpoint.checkpointer import Checkpointer
+from raydist.config.schema import RunConfig
+from raydist.core.dist import Workers
+from raydist.core.errors import NonFiniteError
+from raydist.tracking.base import Tracker
+from raydist.training.batches import StepBatch
+from raydist.training.hooks import Hook
+from raydist.training.lr import learning_rate_factor
+from raydist.training.meters import Meters
+from raydist.training.setup import Assembly
+from raydist.training.step import NonFiniteGuard, evaluate_batch, train_step
+
+
+@dataclass
+class _Clock:
+    """Seconds spent in steps since the last log line, without validation and saving."""
+
+    started: float = field(default_factory=time.perf_counter)
+    paused_s: float = 0.0
+
+    def exclude(self, since: float) -> None:
+        self.paused_s += time.perf_counter() - since
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        elapsed = now - self.started - self.paused_s
+        self.started, self.paused_s = now, 0.0
+        return max(elapsed, 1e-9)
+
+
+class TrainLoop:
+    """Runs optimizer steps ``start_step .. num_steps - 1``.
+
+    Args:
+        config: the run's configuration.
+        parts: model, optimizer, objective and loaders.
+        workers: who this process is.
+        checkpointer: saves training state.
+        tracker: receives metrics on rank 0; None elsewhere.
+        hooks: called on rank 0, except ``on_every_rank``.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        parts: Assembly,
+        *,
+        workers: Workers,
+        checkpointer: Checkpointer,
+        tracker: Tracker | None,
+        hooks: Sequence[Hook],
+    ) -> None:
+        self.config = config
+        self.parts = parts
+        self.workers = workers
+        self.checkpointer = checkpointer
+        self.tracker = tracker
+        self.hooks = hooks
+        self.meters = Meters()
+        self.guard = NonFiniteGuard.create(workers.device)
+        self.clock = _Clock()
+        self.last_logged = 0
+
+    def run(self, *, start_step: int) -> dict[str, float]:
+        """Trains to the end; returns the last metrics.
+
+        Raises:
+            NonFiniteError: on every rank alike; the weights are those before the bad step.
+        """
+        training = self.config.training
+        self.last_logged = start_step
+        latest: dict[str, float] = {}
+        batches: Iterator[StepBatch] = iter(self.parts.train_loader)
+        self.clock.lap()
+        for step in range(start_step, training.num_steps):
+            factor = learning_rate_factor(training.learning_rate_schedule, step, num_steps=training.num_steps)
+            learning_rate = training.optimizer.learning_rate * factor
+            self.parts.optimizer.set_learning_rate(learning_rate)
+            train_step(
+                self.parts.model,
+                self.parts.objective,
+                self.parts.optimizer,
+                next(batches),
+                device=self.workers.device,
+                clip_norm=training.optimizer.clip_norm,
+                guard=self.guard,
+                meters=self.meters,
+            )
+            latest.update(self._after_step(step + 1, learning_rate))
+        return latest
+
+    def _after_step(self, done: int, learning_rate: float) -> dict[str, float]:
+        """Logs, validates and saves where ``done`` steps ask for it."""
+        training = self.config.training
+        is_last = done == training.num_steps
+        saves = is_last or done % self.config.checkpoint.every_steps == 0
+        metrics: dict[str, float] = {}
+        if is_last or saves or done % training.log_every_steps == 0:
+            metrics.update(self._read_meters(done, learning_rate))
+        paused_at = time.perf_counter()
+        if training.validate_every_steps and (is_last or done % training.validate_every_steps == 0):
+            metrics.update(self.validate())
+        if metrics:
+            self._log(done, metrics)
+        if saves:
+            self._save(done, metrics)
+        self.clock.exclude(paused_at)
+        return metrics
+
+    def _read_meters(self, done: int, learning_rate: float) -> dict[str, float]:
+        num_steps, self.last_logged = done - self.last_logged, done
+        metrics = self.meters.read()
+        self._stop_if_not_finite()
+        tokens_per_step = self.config.training.batch_rows * self.config.data.seq_len
+        step_s = self.clock.lap() / num_steps
+        return {
+            **metrics,
+            "learning_rate": learning_rate,
+            "tokens": float(done * tokens_per_step),
+            "tokens_per_s": tokens_per_step / step_s,
+            "step_s": step_s,
+        }
+
+    def _stop_if_not_finite(self) -> None:
+        bad_step = int(self.guard.first_bad_step)
+        if bad_step >= 0:
+            raise NonFiniteError(
+                f"the gradient norm of step {bad_step} is not a number; no weight was written from that step on",
+                where=f"optimizer step {bad_step}",
+                found="NaN or infinity in the loss or its gradient",
+                expected="finite numbers on all ranks",
+                fix=f"look at what the step read: raydist data show --run <run directory> --step {bad_step}\n"
+                "lower training.optimizer.learning_rate, then go on from the last checkpoint with --resume",
+            )
+
+    def validate(self) -> dict[str, float]:
+        """Loss on the same rows with the same noise each time, whatever the world size."""
+        if self.parts.validation_loader is None:
+            return {}
+        meters = Meters()
+        for batch_index in range(self.config.training.validation_batches):
+            batch = self.parts.validation_loader.batch(batch_index)
+            evaluate_batch(
+                self.parts.model, self.parts.objective, batch, device=self.workers.device, meters=meters
+            )
+        return {f"validation/{name}": value for name, value in meters.read().items()}
+
+    def _log(self, done: int, metrics: Mapping[str, float]) -> None:
+        if self.tracker is not None:
+            self.tracker.log_metrics(metrics, step=done)
+        if self.workers.is_first:
+            for hook in self.hooks:
+                hook.on_log(done, metrics)
+
+    def _save(self, done: int, metrics: Mapping[str, float]) -> None:
+        self.checkpointer.save(done, self.parts.model, self.parts.optimizer, self._trainer_state(done))
+        for hook in self.hooks:
+            hook.on_every_rank(done, metrics)
+            if self.workers.is_first:
+                hook.on_checkpoint(done)
+
+    def _trainer_state(self, done: int) -> dict[str, Any]:
+        return {
+            "step": done,
+            "samples_consumed": done * self.config.training.batch_rows,
+            "data_hash": self.parts.data_hash,
+            "seed": self.config.seed,
+            "world_size": self.workers.world_size,
+            "tokens_per_step": self.config.training.batch_rows * self.config.data.seq_len,
+            "torch": torch.__version__,
+        }

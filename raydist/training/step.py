@@ -1,0 +1,108 @@
+"""One optimizer step: the global denominator first, then forward and backward per microbatch, then a guarded update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from raydist.core.dist import sum_over_ranks
+from raydist.objectives.base import LossTerms, Mean, Objective
+from raydist.training.batches import StepBatch
+from raydist.training.meters import Meters
+from raydist.training.optim import GuardedAdamW
+
+
+@dataclass
+class NonFiniteGuard:
+    """Remembers, on the device, the first step whose gradient norm was not finite.
+
+    The norm is global, so the flag is the same on every rank without a vote, and a NaN on one rank stops all. Once set it
+    stays set: no later step writes either, so the weights are those of the step before until someone looks.
+    """
+
+    first_bad_step: Tensor
+    """int64 scalar; -1 while all is well."""
+
+    @classmethod
+    def create(cls, device: torch.device) -> NonFiniteGuard:
+        """A guard that has seen nothing."""
+        return cls(torch.full((), -1, dtype=torch.int64, device=device))
+
+    def observe(self, grad_norm: Tensor, step: int) -> Tensor:
+        """Takes in a step's norm; returns 1 where nothing may be written any more, else 0."""
+        newly_bad = ~torch.isfinite(grad_norm) & (self.first_bad_step < 0)
+        self.first_bad_step = torch.where(newly_bad, step, self.first_bad_step)
+        return (self.first_bad_step >= 0).to(torch.float32)
+
+
+def global_counts(counts: dict[str, float], device: torch.device) -> dict[str, Tensor]:
+    """Denominators summed over ranks, at least 1 each so that a step without targets costs nothing instead of NaN."""
+    names = sorted(counts)
+    local = torch.tensor([counts[name] for name in names], dtype=torch.float64, device=device)
+    total = sum_over_ranks(local).clamp(min=1.0)
+    return {name: total[index] for index, name in enumerate(names)}
+
+
+def share_of_loss(loss_terms: LossTerms, denominators: dict[str, Tensor]) -> Tensor:
+    """This microbatch's part of the step's loss; the parts of all microbatches and ranks add up to it."""
+    parts = [value / denominators[name].to(value.dtype) for name, value in sorted(loss_terms.sums.items())]
+    return torch.stack(parts).sum()
+
+
+def add_to_meters(meters: Meters, loss: Tensor, metrics: dict[str, Mean]) -> None:
+    """Puts one microbatch's loss share and metrics into the meters."""
+    meters.add_share("loss", loss)
+    for name, mean in metrics.items():
+        meters.add_mean(name, mean)
+
+
+def clip_by_global_norm(model: nn.Module, max_norm: float | None) -> Tensor:
+    """The global gradient norm, a plain scalar equal on all ranks; scales gradients down where it exceeds ``max_norm``."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients, foreach=True)
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm, foreach=True)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def train_step(
+    model: nn.Module,
+    objective: Objective,
+    optimizer: GuardedAdamW,
+    batch: StepBatch,
+    *,
+    device: torch.device,
+    clip_norm: float | None,
+    guard: NonFiniteGuard,
+    meters: Meters,
+) -> None:
+    """Runs one step. Reads nothing back from the device."""
+    denominators = global_counts(batch.counts, device)
+    for microbatch in batch.microbatches:
+        on_device = microbatch.to(device)
+        results = model(**on_device.inputs, terms=on_device.terms)
+        loss_terms = objective.combine(results)
+        loss = share_of_loss(loss_terms, denominators)
+        loss.backward()
+        add_to_meters(meters, loss, loss_terms.metrics)
+    grad_norm = clip_by_global_norm(model, clip_norm)
+    optimizer.guarded_step(guard.observe(grad_norm, batch.step))
+    optimizer.zero_grad(set_to_none=True)
+    meters.add_max("grad_norm", grad_norm)
+    meters.end_step()
+
+
+@torch.no_grad()
+def evaluate_batch(
+    model: nn.Module, objective: Objective, batch: StepBatch, *, device: torch.device, meters: Meters
+) -> None:
+    """Adds the loss and metrics of a batch to the meters, without gradients."""
+    denominators = global_counts(batch.counts, device)
+    for microbatch in batch.microbatches:
+        on_device = microbatch.to(device)
+        loss_terms = objective.combine(model(**on_device.inputs, terms=on_device.terms))
+        add_to_meters(meters, share_of_loss(loss_terms, denominators), loss_terms.metrics)
+    meters.end_step()
