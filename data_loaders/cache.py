@@ -1,8 +1,8 @@
 """The node's cache: plain shards in a local folder of limited size, named by the hash of their content.
 
-There are no locks. Each process writes its own partial file and renames it, so any number of processes may fetch the same
-shard; a process that sees another's partial grow waits for it instead of fetching twice. A file that is evicted while a
-process has it mapped stays readable until it is unmapped.
+There are no locks. Each process writes its own partial file and renames it, so any number of processes may fetch the
+same shard; a process that sees another's partial grow waits for it instead of fetching twice. A file that is evicted
+while a process has it mapped stays readable until it is unmapped.
 """
 
 from __future__ import annotations

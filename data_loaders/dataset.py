@@ -81,7 +81,10 @@ class Dataset:
         from data_loaders.tokenizer import Tokenizer
 
         return Tokenizer.from_bytes(
-            self.tokenizer_bytes(), where=self.path, special_ids=self.manifest.special_ids, kind=self.manifest.tokenizer_kind
+            self.tokenizer_bytes(),
+            where=self.path,
+            special_ids=self.manifest.special_ids,
+            kind=self.manifest.tokenizer_kind,
         )
 
     def tokenizer_bytes(self) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -38,8 +37,8 @@ class LoaderState:
 class Loader(Generic[Item]):
     """Iterates over this rank's slice of each step's batch, for ever or for ``num_steps``.
 
-    The step's batch is samples ``[s, s + batch_rows)`` of the mixture, whatever the world size; rank r takes the r-th of
-    ``world_size`` equal slices. Iterating again goes on after the last item that was taken.
+    A step's batch is samples ``[s, s + batch_rows)`` of the mixture, whatever the world size; rank r takes the r-th
+    of ``world_size`` equal slices. Iterating again goes on after the last item that was taken.
 
     Args:
         mixture: what sample ``i`` is.
@@ -103,11 +102,13 @@ class Loader(Generic[Item]):
             self._steps, first=self._steps_consumed, stop=self._num_steps, group_steps=self._prefetch_steps
         )
         self._producer = producer
-        weakref.finalize(self, producer.stopped.set)
-        while (group := producer.next_group()) is not None:
-            for item in group:
-                self._steps_consumed += 1
-                yield item
+        try:
+            while (group := producer.next_group()) is not None:
+                for item in group:
+                    self._steps_consumed += 1
+                    yield item
+        finally:
+            producer.close()
 
     def close(self) -> None:
         """Ends the background thread and drops what it prepared. The loader may be iterated again."""
@@ -131,7 +132,9 @@ class _RankSteps:
     def gather_from(self, first_sample: int, *, first_step: int, num_steps: int) -> list[Rows]:
         """This rank's rows of consecutive steps, read together and returned as views, one a step."""
         rank_rows = self.batch_rows // self.world_size
-        starts_K1 = first_sample + self.rank * rank_rows + np.arange(num_steps, dtype=np.int64)[:, None] * self.batch_rows
+        starts_K1 = (
+            first_sample + self.rank * rank_rows + np.arange(num_steps, dtype=np.int64)[:, None] * self.batch_rows
+        )
         samples_N: IntArray = (starts_K1 + np.arange(rank_rows, dtype=np.int64)).reshape(-1)
         rows = gather(self.mixture, samples_N)
         return [
@@ -191,12 +194,12 @@ def _produce(
 ) -> None:
     torch.set_grad_enabled(False)
     try:
+        num_steps = 1
         while stop is None or first < stop:
-            num_steps = 1 if first == 0 else group_steps
             num_steps = num_steps if stop is None else min(num_steps, stop - first)
             if not _hand_over(steps.items(first, num_steps=num_steps), groups, stopped):
                 return
-            first += num_steps
+            first, num_steps = first + num_steps, group_steps
         _hand_over(None, groups, stopped)
     except BaseException as error:
         _hand_over(error, groups, stopped)

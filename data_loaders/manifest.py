@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from raydist.core import storage
@@ -77,10 +77,12 @@ class Manifest:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of all shards."""
         return sum(shard.tokens for shard in self.shards)
 
     @property
     def num_documents(self) -> int:
+        """Documents of all shards."""
         return sum(shard.documents for shard in self.shards)
 
     def content(self) -> dict[str, Any]:
@@ -91,10 +93,6 @@ class Manifest:
     def sha256(self) -> str:
         """The hash of the content in canonical JSON; it names the dataset in checkpoints and runs."""
         return hashlib.sha256(json.dumps(self.content(), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-    def renamed(self, name: str) -> Manifest:
-        """The same content under another name."""
-        return replace(self, name=name)
 
 
 def write_manifest(folder: str, manifest: Manifest) -> None:
@@ -118,7 +116,11 @@ def read_manifest(folder: str) -> Manifest:
     if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
         found = content.get("format_version") if isinstance(content, dict) else type(content).__name__
         raise DataError(
-            "the dataset has another format version", where=path, found=found, expected=FORMAT_VERSION, fix=_PREPARE_AGAIN
+            "the dataset has another format version",
+            where=path,
+            found=found,
+            expected=FORMAT_VERSION,
+            fix=_PREPARE_AGAIN,
         )
     stated = content.pop("sha256", None)
     manifest = _parse(content, where=path)
@@ -144,7 +146,11 @@ def _missing(folder: str) -> DataError:
         else "prepare one: raydist data prepare SOURCE --out DIR"
     )
     return DataError(
-        "there is no dataset here", where=folder, found=f"no {FILE_NAME}", expected="a prepared dataset directory", fix=fix
+        "there is no dataset here",
+        where=folder,
+        found=f"no {FILE_NAME}",
+        expected="a prepared dataset directory",
+        fix=fix,
     )
 
 

@@ -32,8 +32,8 @@ class DatasetWeight:
 class Shares:
     """Global sample ``i`` -> (dataset, that dataset's sample), in O(1) and with exact counts.
 
-    Weights are rounded to counts out of a period of at most 1000 (at least one a dataset). Every period of samples holds
-    exactly these counts, spread evenly and, if shuffled, in a permutation keyed by the period's number.
+    Weights are rounded to counts out of a period of about 1000 (at least one a dataset). Every period of samples
+    holds exactly these counts, spread evenly and, if shuffled, in a permutation keyed by the period's number.
 
     Args:
         weights: positive, one a dataset.
@@ -66,7 +66,7 @@ def period_counts(weights: Sequence[float]) -> tuple[int, ...]:
     exact = [Fraction(weight).limit_denominator(10**6) for weight in weights]
     scaled = [share * _FINEST_SHARE / sum(exact) for share in exact]
     counts = [max(1, math.floor(share)) for share in scaled]
-    by_remainder = sorted(range(len(counts)), key=lambda d: (scaled[d] - math.floor(scaled[d])), reverse=True)
+    by_remainder = sorted(range(len(counts)), key=lambda d: scaled[d] - math.floor(scaled[d]), reverse=True)
     for dataset in by_remainder[: max(0, _FINEST_SHARE - sum(counts))]:
         counts[dataset] += 1
     divisor = math.gcd(*counts)
@@ -113,7 +113,10 @@ class Mixture:
         self.shares = Shares(weights, key=order_key(seed, "mixture") if order == "shuffled" else None)
         self.orders = tuple(
             RowOrder(
-                dataset.rows_per_shard(seq_len), seed=order_key(seed, "dataset", d), window_shards=window_shards, order=order
+                dataset.rows_per_shard(seq_len),
+                seed=order_key(seed, "dataset", d),
+                window_shards=window_shards,
+                order=order,
             )
             for d, dataset in enumerate(datasets)
         )
@@ -137,7 +140,12 @@ class Mixture:
         for d, row_order in enumerate(self.orders):
             chosen_N = np.flatnonzero(datasets_N == d)
             found = row_order.locate(local_N[chosen_N])
-            columns[:, chosen_N] = (found.epochs_N, found.shards_N, found.local_rows_N, found.rows_N + self.first_rows_D[d])
+            columns[:, chosen_N] = (
+                found.epochs_N,
+                found.shards_N,
+                found.local_rows_N,
+                found.rows_N + self.first_rows_D[d],
+            )
         return datasets_N, RowAddresses(*columns)
 
 

@@ -71,7 +71,7 @@ class RowOrder:
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
 
     def locate(self, samples_N: IntArray) -> RowAddresses:
-        """Addresses of the dataset's samples ``samples_N``; sample j is position ``j % num_rows`` of epoch ``j // num_rows``."""
+        """Addresses of samples of the dataset; sample j is position ``j % num_rows`` of epoch ``j // num_rows``."""
         epochs_N, positions_N = np.divmod(samples_N, self.num_rows)
         shards_N, local_rows_N = np.empty_like(samples_N), np.empty_like(samples_N)
         for epoch in np.unique(epochs_N):

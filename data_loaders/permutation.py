@@ -1,8 +1,8 @@
 """Random-access permutations: where index ``i`` of a shuffled range goes, without shuffling the range.
 
-An unbalanced Feistel network permutes ``2**b`` integers for the smallest ``b`` that covers the range; results outside the
-range are walked through the network again until they fall inside (cycle walking; Black and Rogaway 2002, "Ciphers with
-arbitrary finite domains"). On average fewer than two walks are needed, because ``2**b < 2 * size``.
+An unbalanced Feistel network permutes ``2**b`` integers for the smallest ``b`` that covers the range; results outside
+the range are walked through the network again until they fall inside (cycle walking; Black and Rogaway 2002, "Ciphers
+with arbitrary finite domains"). On average fewer than two walks are needed, because ``2**b < 2 * size``.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def keyed_permutation(index_N: IntArray, *, size: IntArray | int, key: int, twea
 def _feistel(
     value_N: npt.NDArray[np.uint64], size_N: IntArray, key_N: npt.NDArray[np.uint64]
 ) -> npt.NDArray[np.uint64]:
-    """One pass through the network on ``bit_length(size - 1)`` bits (frexp's exponent is the bit length of an exact float)."""
+    """One pass through the network on ``bit_length(size - 1)`` bits, which is the exponent that frexp gives."""
     num_bits_N = np.frexp((size_N - 1).astype(np.float64))[1].astype(np.uint64)
     one = np.uint64(1)
     high_bits_N = num_bits_N >> one

@@ -1,7 +1,7 @@
 """One shard: an Arrow IPC file with one record batch of documents, whole-file zstd in the dataset directory.
 
-The child array of the ``tokens`` list column is the token stream and the list offsets are the document boundaries, so a row
-of any length is a slice of the memory-mapped file. ``document_id`` names the source of each document.
+The child array of the ``tokens`` list column is the token stream and the list offsets are the document boundaries, so a
+row of any length is a slice of the memory-mapped file. ``document_id`` names the source of each document.
 """
 
 from __future__ import annotations

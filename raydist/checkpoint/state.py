@@ -15,10 +15,12 @@ from torch.optim import Optimizer
 
 from raydist.checkpoint.shards import dtype_name
 from raydist.core.errors import ResumeError
+from raydist.fsdp_utils.apply import reshard
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers under ``model.``; the very tensors, not copies."""
+    reshard(model)
     kept = model.state_dict(keep_vars=True)
     tensors = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
     tensors.update({f"model.{name}": buffer for name, buffer in model.named_buffers() if name in kept})

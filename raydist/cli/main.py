@@ -50,11 +50,21 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--json", action="store_true", help="end stdout with one JSON object")
 
 
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """Like ``parse_args``, but ``key=value`` overrides may also stand behind options, where argparse gives up on them."""
+    args, left = parser.parse_known_args(arguments)
+    if left and hasattr(args, "overrides") and all("=" in word and not word.startswith("-") for word in left):
+        args.overrides = [*args.overrides, *left]
+    elif left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code: 0, or 2 for a mistake that the user can mend."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = next((word for word in arguments if not word.startswith("-")), None)
-    args = build_parser(verb).parse_args(arguments)
+    args = _parse(build_parser(verb), arguments)
     as_json = bool(getattr(args, "json", False))
     output.set_json_mode(as_json)
     if verb not in ("list", "config"):

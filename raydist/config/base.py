@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from typing import Annotated, Any, ClassVar, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, GetJsonSchemaHandler, SerializeAsAny, ValidationError
 from pydantic_core import CoreSchema
@@ -31,16 +31,15 @@ class Registry:
     Args:
         kind: what a user calls it, in the singular (``"objective"``).
         package: the package whose modules hold the implementations.
+        key: where a recipe makes the choice, for messages.
     """
 
-    all: ClassVar[dict[str, Registry]] = {}
-
-    def __init__(self, kind: str, *, package: str) -> None:
+    def __init__(self, kind: str, *, package: str, key: str) -> None:
         self.kind = kind
+        self.key = key
         self.package = package
         self._classes: dict[str, type[StrictModel]] = {}
         self._discovered = False
-        Registry.all[kind] = self
 
     def register(self, cls: type[_Config]) -> type[_Config]:
         """Class decorator; the class must have a ``name: Literal["..."] = "..."`` field."""
@@ -80,18 +79,18 @@ class Registry:
         classes = self.classes()
         if not isinstance(value, dict) or "name" not in value:
             raise ConfigError(
-                f"the {self.kind} has no name", where=f"{self.kind}.name", expected=f"one of {', '.join(classes)}"
+                f"the {self.kind} has no name", where=f"{self.key}.name", expected=f"one of {', '.join(classes)}"
             )
         name = value["name"]
         if name not in classes:
             raise ConfigError(
                 f"no {self.kind} has this name",
-                where=f"{self.kind}.name",
+                where=f"{self.key}.name",
                 found=name,
                 expected=f"one of {', '.join(classes)}",
                 fix=nearest_hint(str(name), classes),
             )
-        return validated(classes[name], value, prefix=self.kind)
+        return validated(classes[name], value, prefix=self.key)
 
     def json_schema(self) -> dict[str, Any]:
         """``anyOf`` over the registered classes, with their definitions inlined."""

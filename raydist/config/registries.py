@@ -4,5 +4,5 @@ from __future__ import annotations
 
 from raydist.config.base import Registry
 
-OBJECTIVES = Registry("objective", package="raydist.objectives")
-SAMPLERS = Registry("sampler", package="raydist.sampling")
+OBJECTIVES = Registry("objective", package="raydist.objectives", key="objective")
+SAMPLERS = Registry("sampler", package="raydist.sampling", key="sampling.sampler")

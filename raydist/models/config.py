@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from raydist.config.base import StrictModel
 
@@ -12,7 +12,9 @@ Family = Literal["llama", "qwen3"]
 
 
 class RopeScaling(StrictModel):
-    """The Llama-3.1 rule that stretches the slow rotary frequencies to a longer context (see :mod:`raydist.models.rope`)."""
+    """The Llama-3.1 rule that stretches the slow rotary frequencies to a longer context (see
+    :mod:`raydist.models.rope`).
+    """
 
     factor: PositiveFloat = 8.0
     low_freq_factor: PositiveFloat = 1.0
@@ -23,13 +25,13 @@ class RopeScaling(StrictModel):
 class DecoderConfig(StrictModel):
     """A decoder of the Llama-3 or Qwen-3 family.
 
-    The families share the block; ``qwen3`` normalises each head's queries and keys before the rotation, and the two differ in
-    the law of initialisation and in the names of the Hugging Face architecture.
+    The families share the block; ``qwen3`` normalises each head's queries and keys before the rotation, and the two
+    differ in the law of initialisation and in the names of the Hugging Face architecture.
     """
 
     family: Family
-    vocab_size: PositiveInt
-    """Rows of the embedding, V."""
+    vocab_size: NonNegativeInt
+    """Rows of the embedding, V; 0 in a preset that takes the vocabulary of the data."""
     num_layers: PositiveInt
     width: PositiveInt
     """Channels of the residual stream, D."""
@@ -82,8 +84,8 @@ class DecoderConfig(StrictModel):
     def with_vocab(self, min_vocab: int, *, multiple_of: int = 1) -> DecoderConfig:
         """The same decoder with room for at least ``min_vocab`` tokens; never fewer rows than now.
 
-        A mask token needs its row before the weights are sharded, so the vocabulary grows here and nowhere else; loading
-        weights fills the new rows (:class:`raydist.models.hf.HfWeights`).
+        A mask token needs its row before the weights are sharded, so the vocabulary grows here and nowhere else;
+        loading weights fills the new rows (:class:`raydist.models.hf.HfWeights`).
         """
         if min_vocab <= self.vocab_size:
             return self

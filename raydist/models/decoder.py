@@ -52,8 +52,8 @@ class DecoderBlock(nn.Module):
 class Decoder(nn.Module):
     """Embedding, blocks, norm and head.
 
-    Training calls :meth:`forward`, which evaluates head terms and never builds the ``[B * L, V]`` logits; decoding calls
-    :meth:`logits`. Weights are whatever torch's constructors left (nothing at all on the meta device) until
+    Training calls :meth:`forward`, which evaluates head terms and never builds the ``[B * L, V]`` logits; decoding
+    calls :meth:`logits`. Weights are whatever torch's constructors left (nothing at all on the meta device) until
     :func:`raydist.models.init.initialize` or a loader fills them.
 
     Args:
@@ -76,7 +76,9 @@ class Decoder(nn.Module):
         self.retie()
 
     def reset_buffers(self, device: torch.device | str) -> None:
-        """Makes the rotary frequencies anew, float32; needed after ``to_empty`` and after a cast of the whole module."""
+        """Makes the rotary frequencies anew, float32; needed after ``to_empty`` and after a cast of the whole
+        module.
+        """
         self.frequencies_f = rope_frequencies(self.config, device=device)
 
     def retie(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from raydist.core.errors import ModelError
@@ -15,8 +14,8 @@ from raydist.models.linear_loss import linear_cross_entropy
 def evaluate_terms(hidden_BLD: Tensor, *, terms: Sequence[HeadTerm], heads: Mapping[str, Tensor]) -> list[TermResult]:
     """Evaluates each term at its own positions.
 
-    Terms are evaluated one by one, not joined: an objective may scale their sums differently, and the weight gradient of a
-    joint pass could not be told apart afterwards.
+    Terms are evaluated one by one, not joined: an objective may scale their sums differently, and the weight gradient
+    of a joint pass could not be told apart afterwards.
 
     Args:
         hidden_BLD: hidden states.
@@ -37,9 +36,7 @@ def evaluate_terms(hidden_BLD: Tensor, *, terms: Sequence[HeadTerm], heads: Mapp
             hidden_TD.index_select(0, term.positions_T),
             weight_VD=heads[term.head],
             targets_T=term.targets_T,
-            weights_T=torch.ones_like(term.targets_T, dtype=torch.float32)
-            if term.weights_T is None
-            else term.weights_T,
+            weights_T=term.weights_T,
         )
         results.append(TermResult(term=term, loss_sum=loss_sum, losses_T=losses_T))
     return results

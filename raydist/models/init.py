@@ -4,9 +4,9 @@ Each parameter has its own generator, so any process can make any parameter, who
 construction agree bit for bit.
 
 The law is torchtitan's. Llama: query, key, value and gate have standard deviation 0.02; output, up and down
-``0.02 / sqrt(2 (layer + 1))``; the embedding 1; the head ``D ** -0.5``, so that logits start near zero and the loss near
-``ln V``; a tied table follows the head's law for the same reason. Qwen-3: 0.02 everywhere. Norms are 1. Llama's matrices are
-cut at three standard deviations.
+``0.02 / sqrt(2 (layer + 1))``; the embedding 1; the head ``D ** -0.5``, so that logits start near zero and the loss
+near ``ln V``; a tied table follows the head's law for the same reason. Qwen-3: 0.02 everywhere. Norms are 1. Llama's
+matrices are cut at three standard deviations.
 """
 
 from __future__ import annotations

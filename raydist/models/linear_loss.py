@@ -1,9 +1,9 @@
 """Cross entropy of a linear head without its logits.
 
-With T positions and V tokens the logits would be a ``[T, V]`` tensor, several of them with their gradients, and the largest
-thing in memory. Here positions go through the head in chunks, and each chunk's gradient is taken while its logits are at
-hand; what stays is a ``[T, D]`` and a ``[V, D]`` gradient. Matrix products are in the dtype of the hidden states, the softmax
-and the accumulation of the weight gradient in float32.
+With T positions and V tokens the logits would be a ``[T, V]`` tensor, several of them with their gradients, and the
+largest thing in memory. Here positions go through the head in chunks, and each chunk's gradient is taken while its
+logits are at hand; what stays is a ``[T, D]`` and a ``[V, D]`` gradient. Matrix products are in the dtype of the
+hidden states, the softmax and the accumulation of the weight gradient in float32.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27}
+_CHUNK_LOGITS_CPU, _CHUNK_LOGITS_CUDA = 2**22, 2**27
 _MIN_CHUNK_POSITIONS = 128
 
 
@@ -22,7 +22,7 @@ def linear_cross_entropy(
     *,
     weight_VD: Tensor,
     targets_T: Tensor,
-    weights_T: Tensor,
+    weights_T: Tensor | None = None,
     chunk_positions: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``sum_t weights[t] * -log softmax(weight @ hidden[t])[targets[t]]``.
@@ -31,19 +31,23 @@ def linear_cross_entropy(
         hidden_TD: hidden states of the positions that carry loss; T may be 0.
         weight_VD: the head.
         targets_T: token ids, int64.
-        weights_T: float32.
+        weights_T: float32, or None for all ones.
         chunk_positions: positions whose logits are in memory at once; by default as many as keep the logits of a chunk
             near 16 MiB on CPU and 512 MiB on CUDA.
 
     Returns:
-        The sum, a float32 scalar that carries the gradient, and each position's unweighted cost ``[T]``, float32, detached.
+        The sum, a float32 scalar that carries the gradient, and each position's unweighted cost ``[T]``, float32,
+        detached.
     """
     if chunk_positions is None:
-        chunk_positions = max(_MIN_CHUNK_POSITIONS, _CHUNK_LOGITS[hidden_TD.device.type] // weight_VD.shape[0])
+        chunk_logits = _CHUNK_LOGITS_CUDA if hidden_TD.is_cuda else _CHUNK_LOGITS_CPU
+        chunk_positions = max(_MIN_CHUNK_POSITIONS, chunk_logits // weight_VD.shape[0])
+    dtype = _softmax_dtype(hidden_TD)
+    weights_T = torch.ones_like(targets_T, dtype=dtype) if weights_T is None else weights_T.to(dtype)
     if torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad):
         loss_sum, losses_T = _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, weights_T, chunk_positions)
         return loss_sum, losses_T
-    losses_T = torch.empty_like(targets_T, dtype=torch.float32)
+    losses_T = torch.empty_like(weights_T)
     for chunk in _chunks(targets_T.shape[0], chunk_positions):
         log_probs_CV = _log_probs(hidden_TD[chunk], weight_VD)
         losses_T[chunk] = -log_probs_CV.gather(1, targets_T[chunk, None])[:, 0]
@@ -57,9 +61,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, weights_T: Tensor, chunk_positions: int
     ) -> tuple[Tensor, Tensor]:
-        losses_T = torch.empty_like(targets_T, dtype=torch.float32)
+        losses_T = torch.empty_like(weights_T)
         grad_hidden_TD = torch.empty_like(hidden_TD)
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=weights_T.dtype)
         for chunk in _chunks(targets_T.shape[0], chunk_positions):
             hidden_CD, targets_C1, weights_C1 = hidden_TD[chunk], targets_T[chunk, None], weights_T[chunk, None]
             log_probs_CV = _log_probs(hidden_CD, weight_VD)
@@ -82,12 +86,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _log_probs(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
-    return torch.log_softmax(hidden_CD @ weight_VD.t(), dim=-1, dtype=torch.float32)
+    return torch.log_softmax(hidden_CD @ weight_VD.t(), dim=-1, dtype=_softmax_dtype(hidden_CD))
+
+
+def _softmax_dtype(hidden_TD: Tensor) -> torch.dtype:
+    """float32, or float64 for a model in float64."""
+    return torch.promote_types(hidden_TD.dtype, torch.float32)
 
 
 def _add_product(total_VD: Tensor, grad_logits_CV: Tensor, hidden_CD: Tensor) -> None:
-    """``total += grad_logits.T @ hidden`` with a float32 total."""
-    if hidden_CD.dtype == torch.float32:
+    """``total += grad_logits.T @ hidden`` with a total of at least float32."""
+    if hidden_CD.dtype == total_VD.dtype:
         total_VD.addmm_(grad_logits_CV.t(), hidden_CD)
     elif hidden_CD.is_cuda:
         total_VD += torch.mm(grad_logits_CV.t(), hidden_CD, out_dtype=torch.float32)

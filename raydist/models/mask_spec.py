@@ -1,9 +1,9 @@
 """Who may attend to whom, as a description.
 
-A :class:`MaskSpec` is a few numbers and the document ids of the rows; its one law is :meth:`MaskSpec.allowed`, elementwise on
-indices. Everything else renders that law: a dense boolean tensor (the reference), a FlexAttention block mask (CUDA),
-rectangular parts for scaled-dot-product attention (CPU), and a count of pairs (the planner). A spec is built once a batch;
-all layers share what was rendered from it.
+A :class:`MaskSpec` is a few numbers and the document ids of the rows; its one law is :meth:`MaskSpec.allowed`,
+elementwise on indices. Everything else renders that law: a dense boolean tensor (the reference), a FlexAttention block
+mask (CUDA), rectangular parts for scaled-dot-product attention (CPU), and a count of pairs (the planner). A spec is
+built once a batch; all layers share what was rendered from it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class MaskPart:
     Attributes:
         queries: which queries.
         keys: which keys, as slices that are joined in this order.
-        bias: what is added to the scores, 0 or -inf, ``[B or 1, 1, num_queries, num_keys]``; None where the part is plain
+        bias: what is added to the scores, 0 or -inf, ``[B or 1, 1, num_queries, num_keys]``; None where the part is
+        plain
             causal over the same positions.
     """
 
@@ -89,7 +90,9 @@ class MaskSpec(ABC):
         )
 
     def flex_block_mask(self, *, device: torch.device | str) -> BlockMask:
-        """The FlexAttention rendering, once per device; on CUDA its construction is compiled, so no ``L x L`` appears."""
+        """The FlexAttention rendering, once per device; on CUDA its construction is compiled, so no ``L x L``
+        appears.
+        """
         target = torch.device(device)
 
         def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -190,9 +193,8 @@ class SetBlockMask(MaskSpec):
         clean_query, clean_key = query < self.length, key < self.length
         i, j = query % self.length, key % self.length
         block_i, block_j = i // self.block_size, j // self.block_size
-        seen = torch.where(
-            clean_query, clean_key & (j <= i), torch.where(clean_key, block_j < block_i, block_j == block_i)
-        )
+        seen_noised = torch.where(clean_key, block_j < block_i, block_j == block_i)
+        seen = torch.where(clean_query, clean_key & (j <= i), seen_noised)
         return seen & _same_document(self.documents_BL, row, i, j)
 
     def num_allowed_pairs(self) -> int:
@@ -222,8 +224,9 @@ class SetBlockMask(MaskSpec):
 class CachedMask(MaskSpec):
     """New tokens behind a key-value cache: first causal ones, then one bidirectional block.
 
-    The keys are ``[cache_width cached slots ; num_causal + num_block new tokens]``. A causal token sees the filled slots of
-    its row and the causal tokens up to itself. A block token sees the filled slots, all causal tokens and all of the block.
+    The keys are ``[cache_width cached slots ; num_causal + num_block new tokens]``. A causal token sees the filled
+    slots of its row and the causal tokens up to itself. A block token sees the filled slots, all causal tokens and all
+    of the block.
 
     Attributes:
         cache_lengths_B: filled slots of each row, ``[B]``; slots at and beyond it are not seen.

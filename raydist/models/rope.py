@@ -12,7 +12,7 @@ from raydist.models.config import DecoderConfig, RopeScaling
 
 
 def rope_frequencies(config: DecoderConfig, *, device: torch.device | str = "cpu") -> Tensor:
-    """Radians per position, ``theta ** (-2 i / h)`` for i = 0 .. h/2 - 1, scaled where the config says so; float32 ``[h/2]``."""
+    """Radians per position, ``theta ** (-2 i / h)``, scaled where the config says so; float32 ``[h/2]``."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
     return frequencies if config.rope_scaling is None else scale_frequencies(frequencies, scaling=config.rope_scaling)
@@ -21,8 +21,8 @@ def rope_frequencies(config: DecoderConfig, *, device: torch.device | str = "cpu
 def scale_frequencies(frequencies: Tensor, *, scaling: RopeScaling) -> Tensor:
     """The Llama-3.1 rule: fast frequencies stay, slow ones are divided by ``factor``, those between are blended.
 
-    With N the original context and wavelength ``2 pi / w``: unchanged below ``N / high``, divided above ``N / low``, else
-    ``(1 - s) w / factor + s w`` with ``s = (N / wavelength - low) / (high - low)``. (Llama 3 reference code.)
+    With N the original context and wavelength ``2 pi / w``: unchanged below ``N / high``, divided above ``N / low``,
+    else ``(1 - s) w / factor + s w`` with ``s = (N / wavelength - low) / (high - low)``. (Llama 3 reference code.)
     """
     wavelengths = 2 * math.pi / frequencies
     low, high = scaling.low_freq_factor, scaling.high_freq_factor

@@ -16,7 +16,7 @@ class Tracker(Protocol):
         """Records values of an optimizer step. Keys group by ``/``: ``loss/ntp``, ``validation/loss``."""
 
     def log_artifact(self, path: str, *, folder: str = "") -> None:
-        """Records a file or folder, which must stay where it is until the run has ended; ``folder`` is its place in the run."""
+        """Records a file or folder, below ``folder`` of the run; it must stay where it is until the run has ended."""
 
     def flush(self, *, timeout_s: float = 30.0) -> bool:
         """Waits until all that was logged has arrived; False if it had not in time."""

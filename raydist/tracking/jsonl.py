@@ -1,8 +1,8 @@
 """``metrics.jsonl``: one JSON object per logged step, the source of truth of every curve.
 
-A line is ``{"step": 20, "time": 1767225600.0, "attempt": 1, "loss": 5.25, ...}``, flushed as it is written. A process that
-is killed while it writes leaves a torn last line: the next attempt takes it away, readers pass over it. JSON has no
-infinities, so non-finite values are the strings ``"nan"``, ``"inf"`` and ``"-inf"``.
+A line is ``{"step": 20, "time": 1767225600.0, "attempt": 1, "loss": 5.25, ...}``, flushed as it is written. A process
+that is killed while it writes leaves a torn last line: the next attempt takes it away, readers pass over it. JSON has
+no infinities, so non-finite values are the strings ``"nan"``, ``"inf"`` and ``"-inf"``.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""Where others look into the loop: progress bars, reports to Ray, pictures. Called on rank 0 unless said otherwise."""
+"""Where others look into the loop. Hooks are called on rank 0."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,6 @@ class RunFacts:
         num_parameters: of the model.
         tokens_per_step: clean tokens that one step reads, over all workers.
         world_size: workers.
-        attempt: 1 for the first start of the run, one more after each restart.
     """
 
     name: str
@@ -27,7 +25,6 @@ class RunFacts:
     num_parameters: int
     tokens_per_step: int
     world_size: int
-    attempt: int
 
 
 class Hook:
@@ -39,11 +36,5 @@ class Hook:
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
         """After a log line's metrics are known; ``step`` steps are done."""
 
-    def on_every_rank(self, step: int, metrics: Mapping[str, float]) -> None:
-        """At each checkpoint, on every rank at the same step: the place for a barrier such as Ray Train's report."""
-
     def on_checkpoint(self, step: int) -> None:
         """After a checkpoint was handed over for writing."""
-
-    def on_end(self, result: Mapping[str, Any]) -> None:
-        """After the last step, when everything is written."""

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from raydist.checkpoint.checkpointer import Checkpointer
 from raydist.config.schema import RunConfig
 from raydist.core.dist import Workers
@@ -48,7 +46,7 @@ class TrainLoop:
         workers: who this process is.
         checkpointer: saves training state.
         tracker: receives metrics on rank 0; None elsewhere.
-        hooks: called on rank 0, except ``on_every_rank``.
+        hooks: called on rank 0.
     """
 
     def __init__(
@@ -72,8 +70,8 @@ class TrainLoop:
         self.clock = _Clock()
         self.last_logged = 0
 
-    def run(self, *, start_step: int) -> dict[str, float]:
-        """Trains to the end; returns the last metrics.
+    def run(self, batches: Iterator[StepBatch], *, start_step: int) -> dict[str, float]:
+        """Trains on ``batches``, the first of which is step ``start_step``, to the end; returns the last metrics.
 
         Raises:
             NonFiniteError: on every rank alike; the weights are those before the bad step.
@@ -81,7 +79,6 @@ class TrainLoop:
         training = self.config.training
         self.last_logged = start_step
         latest: dict[str, float] = {}
-        batches: Iterator[StepBatch] = iter(self.parts.train_loader)
         self.clock.lap()
         for step in range(start_step, training.num_steps):
             factor = learning_rate_factor(training.learning_rate_schedule, step, num_steps=training.num_steps)
@@ -114,7 +111,7 @@ class TrainLoop:
         if metrics:
             self._log(done, metrics)
         if saves:
-            self._save(done, metrics)
+            self._save(done)
         self.clock.exclude(paused_at)
         return metrics
 
@@ -146,14 +143,12 @@ class TrainLoop:
 
     def validate(self) -> dict[str, float]:
         """Loss on the same rows with the same noise each time, whatever the world size."""
-        if self.parts.validation_loader is None:
+        if self.parts.validation is None:
             return {}
         meters = Meters()
         for batch_index in range(self.config.training.validation_batches):
-            batch = self.parts.validation_loader.batch(batch_index)
-            evaluate_batch(
-                self.parts.model, self.parts.objective, batch, device=self.workers.device, meters=meters
-            )
+            batch = self.parts.validation.batch(batch_index)
+            evaluate_batch(self.parts.model, self.parts.objective, batch, device=self.workers.device, meters=meters)
         return {f"validation/{name}": value for name, value in meters.read().items()}
 
     def _log(self, done: int, metrics: Mapping[str, float]) -> None:
@@ -163,20 +158,20 @@ class TrainLoop:
             for hook in self.hooks:
                 hook.on_log(done, metrics)
 
-    def _save(self, done: int, metrics: Mapping[str, float]) -> None:
-        self.checkpointer.save(done, self.parts.model, self.parts.optimizer, self._trainer_state(done))
-        for hook in self.hooks:
-            hook.on_every_rank(done, metrics)
-            if self.workers.is_first:
+    def _save(self, done: int) -> None:
+        timings = self.checkpointer.save(
+            done, model=self.parts.model, optimizer=self.parts.optimizer, trainer_state=self._trainer_state(done)
+        )
+        if self.tracker is not None:
+            stall = {"checkpoint/wait_s": timings.wait_s, "checkpoint/stage_s": timings.stage_s}
+            self.tracker.log_metrics(stall, step=done)
+        if self.workers.is_first:
+            for hook in self.hooks:
                 hook.on_checkpoint(done)
 
     def _trainer_state(self, done: int) -> dict[str, Any]:
         return {
-            "step": done,
             "samples_consumed": done * self.config.training.batch_rows,
             "data_hash": self.parts.data_hash,
             "seed": self.config.seed,
-            "world_size": self.workers.world_size,
-            "tokens_per_step": self.config.training.batch_rows * self.config.data.seq_len,
-            "torch": torch.__version__,
         }

@@ -1,0 +1,103 @@
+"""``raydist train``: a recipe to a tracked, exported model."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from raydist.cli.output import console, next_commands, say
+
+HELP = "train a recipe on an embedded or a running Ray cluster"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments."""
+    parser.add_argument("recipe", help="a YAML file, e.g. jobs/recipes/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.num_steps=500")
+    parser.add_argument("--resume", action="store_true", help="go on with the run of this name")
+    parser.add_argument("--address", help="a running Ray cluster; without it Ray is started inside this process")
+    parser.add_argument(
+        "--no-ray", action="store_true", help="train in this process; under torchrun, in all of torchrun's processes"
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs the verb."""
+    from raydist.cli.progress import ProgressDisplay
+    from raydist.config.load import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    with ProgressDisplay(console()) as display:
+        if args.no_ray:
+            result = _in_this_process(recipe, resume=args.resume, display=display)
+        else:
+            result = _on_ray(recipe, resume=args.resume, address=args.address, display=display)
+    if result:
+        _say_where(result)
+    return result
+
+
+def _on_ray(recipe: Any, *, resume: bool, address: str | None, display: Any) -> dict[str, Any]:
+    from raydist.runtime.trainer import train_on_ray
+    from raydist.training.driver import conduct
+
+    def attempts(recipe: Any, run_dir: str) -> Any:
+        return train_on_ray(recipe, run_dir=run_dir, address=address, hooks=[display])
+
+    return _summary(recipe, *conduct(recipe, resume=resume, attempts=attempts))
+
+
+def _in_this_process(recipe: Any, *, resume: bool, display: Any) -> dict[str, Any]:
+    """Rank 0 conducts; the other processes of torchrun only take part in the attempt."""
+    from raydist.core.dist import barrier, process_group
+    from raydist.training.driver import conduct
+    from raydist.training.run_dir import run_dir_of
+    from raydist.training.session import run_attempt
+
+    with process_group(timeout_s=recipe.config.scaling.collective_timeout_s) as workers:
+        recipe = _with_world_size(recipe, workers.world_size)
+        if not workers.is_first:
+            barrier()
+            run_attempt(recipe, run_dir=run_dir_of(recipe))
+            return {}
+
+        def attempts(recipe: Any, run_dir: str) -> Any:
+            barrier()
+            return run_attempt(recipe, run_dir=run_dir, hooks=[display])
+
+        return _summary(recipe, *conduct(recipe, resume=resume, attempts=attempts))
+
+
+def _with_world_size(recipe: Any, world_size: int) -> Any:
+    """Without Ray the launcher decides how many workers there are, not the recipe."""
+    from raydist.config.load import resolve
+
+    values = recipe.config.model_dump(mode="json")
+    values["scaling"]["num_workers"] = world_size
+    return resolve(values, path=recipe.path)
+
+
+def _summary(recipe: Any, run_dir: str, handle: Any, outcome: Any) -> dict[str, Any]:
+    return {
+        "run": recipe.config.name,
+        "run_dir": run_dir,
+        "mlflow_uri": handle.uri,
+        "mlflow_run_id": handle.run_id,
+        "step": outcome.step,
+        "metrics": outcome.metrics,
+    }
+
+
+def _say_where(result: dict[str, Any]) -> None:
+    say(f"\nrun directory  {result['run_dir']}")
+    say(f"model          {result['run_dir']}/export")
+    say(f"loss curves    {result['run_dir']}/pictures/curves.png")
+    if result["mlflow_run_id"]:
+        say(f"MLflow run     {result['mlflow_run_id']} in {result['mlflow_uri']}")
+    next_commands(
+        [
+            ("sample it", f"raydist sample {result['run_dir']} --prompt 'def ' --compare"),
+            ("pull it", f"raydist artifacts pull {result['run']} --to pulled"),
+            ("see all runs", "raydist runs list"),
+        ]
+    )

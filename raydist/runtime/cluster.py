@@ -1,0 +1,88 @@
+"""Connecting to Ray: an embedded one for a laptop, or a running cluster by its address."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from raydist.config.schema import ScalingConfig
+from raydist.core.errors import CapacityError, ConfigError
+from raydist.core.log import quiet_libraries
+
+# Read by Ray in this process and handed on to its controller and workers; a user's own values win.
+_RAY_ENV = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+}
+
+
+@contextmanager
+def connected(*, address: str | None, min_cpus: float = 1.0) -> Iterator[None]:
+    """A Ray cluster to work on; an embedded one ends with the block, a connection made before stays.
+
+    Args:
+        address: ``host:port``, ``ray://...`` or ``auto``; None starts Ray inside this process, bound to loopback.
+        min_cpus: an embedded Ray offers at least so many logical CPUs, also where the machine has fewer.
+
+    Raises:
+        ConfigError: nobody answers at the address.
+    """
+    for key, value in _RAY_ENV.items():
+        os.environ.setdefault(key, value)
+    quiet_libraries()
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        if address is None:
+            ray.init(
+                num_cpus=max(os.cpu_count() or 1, int(-(-min_cpus // 1))),
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+        else:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, ValueError) as error:
+        raise ConfigError(
+            "no Ray cluster answers",
+            where=f"--address {address}",
+            found=" ".join(str(error).split())[:300],
+            fix="check the address, or leave --address away to use a Ray inside this process",
+        ) from None
+    quiet_libraries()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def require_capacity(scaling: ScalingConfig) -> None:
+    """Refuses a run that the connected cluster could never hold, which Ray would let wait for ever.
+
+    Raises:
+        CapacityError: with what is asked and what is there.
+    """
+    import ray
+
+    have = ray.cluster_resources()
+    need = {"CPU": scaling.num_workers * scaling.cpus_per_worker}
+    if scaling.use_gpu:
+        need["GPU"] = float(scaling.num_workers)
+    short = {name: amount for name, amount in need.items() if have.get(name, 0.0) < amount}
+    if short:
+        raise CapacityError(
+            "the Ray cluster is too small for the run",
+            where="scaling",
+            found=", ".join(f"{have.get(name, 0.0):g} {name}" for name in need),
+            expected=", ".join(f"{amount:g} {name}" for name, amount in need.items()),
+            fix="lower scaling.num_workers or scaling.cpus_per_worker, or use a larger cluster: --address ...",
+        )

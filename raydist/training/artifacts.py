@@ -1,0 +1,60 @@
+"""What a finished run leaves: the model as a Hugging Face directory, pictures, and all of it in the tracker."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from raydist.config.load import Recipe
+from raydist.core import storage
+from raydist.core.dist import Workers, barrier
+from raydist.evaluation.curves import draw_curves
+from raydist.fsdp_utils.materialize import full_state
+from raydist.models.hf import save_hf
+from raydist.tracking.base import Tracker
+from raydist.tracking.jsonl import read_curve
+from raydist.training import run_dir as layout
+from raydist.training.setup import Assembly
+
+
+def export_model(recipe: Recipe, parts: Assembly, *, run_dir: str, workers: Workers, step: int) -> None:
+    """Gathers the weights and writes ``export/`` from rank 0. A collective: every rank calls it."""
+    state = full_state(parts.model)
+    if workers.is_first:
+        target = storage.join(run_dir, layout.EXPORT)
+        save_hf(
+            target,
+            state=state,
+            config=parts.model.config,
+            tokenizer_json=parts.data.train.datasets[0].tokenizer_bytes().decode(),
+            token_ids=_special_ids(parts),
+            extra=_how_to_use(recipe, step=step),
+        )
+    barrier()
+
+
+def log_results(tracker: Tracker, *, run_dir: str) -> None:
+    """Draws the curves and hands model and pictures to the tracker."""
+    pictures = storage.join(run_dir, layout.PICTURES)
+    storage.make_folder(pictures)
+    curves = read_curve(storage.join(run_dir, layout.METRICS))
+    draw_curves(curves, path=os.path.join(pictures, "curves.png"), title=os.path.basename(run_dir))
+    tracker.log_artifact(storage.join(run_dir, layout.EXPORT), folder="model")
+    tracker.log_artifact(pictures, folder="pictures")
+
+
+def _special_ids(parts: Assembly) -> dict[str, int | None]:
+    ids = parts.data.ids
+    return {"bos": ids.bos, "eos": ids.eos, "mask": ids.mask, "pad": ids.pad}
+
+
+def _how_to_use(recipe: Recipe, *, step: int) -> Mapping[str, Any]:
+    config = recipe.config
+    return {
+        "run": config.name,
+        "config_hash": recipe.config_hash,
+        "step": step,
+        "objective": config.objective.model_dump(mode="json"),
+        "sampling": config.sampling.model_dump(mode="json"),
+    }

@@ -1,0 +1,109 @@
+"""One attempt of a run, from opening the process group to the exported model.
+
+The same function runs in a Ray Train worker, under ``torchrun`` and in a plain process. Whoever starts it has prepared the
+run directory and the MLflow run (:func:`start`), and ends the run when no worker is alive (:func:`finish`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from raydist.checkpoint.checkpointer import Checkpointer
+from raydist.config.load import Recipe
+from raydist.core import storage
+from raydist.core.dist import Workers, process_group
+from raydist.core.errors import ResumeError
+from raydist.tracking.base import Tracker
+from raydist.tracking.mlflow_tracker import open_tracker
+from raydist.training import run_dir as layout
+from raydist.training.artifacts import export_model, log_results
+from raydist.training.hooks import Hook, RunFacts
+from raydist.training.loop import TrainLoop
+from raydist.training.setup import Assembly, assemble, train_loader
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an attempt reached; equal on all ranks but for ``metrics`` of rank 0.
+
+    Attributes:
+        step: optimizer steps done.
+        metrics: the last logged values.
+    """
+
+    step: int
+    metrics: dict[str, float]
+
+
+def run_attempt(recipe: Recipe, *, run_dir: str, hooks: Sequence[Hook] = ()) -> Outcome:
+    """Trains from the newest complete checkpoint, or from the start, to the end, and exports the model.
+
+    Raises:
+        RaydistError: a mistake of the user's, on every rank.
+    """
+    with process_group(timeout_s=recipe.config.scaling.collective_timeout_s) as workers:
+        parts = assemble(recipe.config, workers)
+        tracker = _open_tracker(recipe, run_dir, workers)
+        try:
+            return _train(recipe, run_dir, parts, workers, tracker, hooks)
+        finally:
+            if tracker is not None:
+                tracker.close()
+
+
+def _train(
+    recipe: Recipe, run_dir: str, parts: Assembly, workers: Workers, tracker: Tracker | None, hooks: Sequence[Hook]
+) -> Outcome:
+    config = recipe.config
+    with Checkpointer(run_dir, keep=config.checkpoint.keep, workers=workers) as checkpointer:
+        state = checkpointer.load_newest(parts.model, optimizer=parts.optimizer) or {}
+        _require_same_data(state, parts, run_dir)
+        start_step = int(state.get("step", 0))
+        if workers.is_first:
+            facts = _facts(recipe, parts, workers, start_step=start_step)
+            for hook in hooks:
+                hook.on_start(facts)
+        loader = train_loader(
+            config, parts, workers, start_step=start_step, start_sample=int(state.get("samples_consumed", 0))
+        )
+        loop = TrainLoop(config, parts, workers=workers, checkpointer=checkpointer, tracker=tracker, hooks=hooks)
+        try:
+            metrics = loop.run(iter(loader), start_step=start_step)
+        finally:
+            loader.close()
+    export_model(recipe, parts, run_dir=run_dir, workers=workers, step=config.training.num_steps)
+    if tracker is not None:
+        tracker.flush()
+        log_results(tracker, run_dir=run_dir)
+    return Outcome(step=config.training.num_steps, metrics=metrics)
+
+
+def _open_tracker(recipe: Recipe, run_dir: str, workers: Workers) -> Tracker | None:
+    if not workers.is_first:
+        return None
+    return open_tracker(run_dir, system_metrics=recipe.config.tracking.system_metrics)
+
+
+def _facts(recipe: Recipe, parts: Assembly, workers: Workers, *, start_step: int) -> RunFacts:
+    config = recipe.config
+    return RunFacts(
+        name=config.name or "",
+        num_steps=config.training.num_steps,
+        start_step=start_step,
+        num_parameters=parts.model.config.num_parameters,
+        tokens_per_step=config.training.batch_rows * config.data.seq_len,
+        world_size=workers.world_size,
+    )
+
+
+def _require_same_data(state: dict[str, object], parts: Assembly, run_dir: str) -> None:
+    """A resume reads on where it stopped, which means something only in the same data."""
+    if state and state["data_hash"] != parts.data_hash:
+        raise ResumeError(
+            "the data changed since the checkpoint was written",
+            where=storage.join(run_dir, layout.CONFIG) + ": data",
+            found=f"data hash {parts.data_hash[:12]}",
+            expected=f"{str(state['data_hash'])[:12]}",
+            fix="restore the dataset, or start a new run on the new data: name=...",
+        )

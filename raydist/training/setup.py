@@ -1,0 +1,124 @@
+"""Builds all parts of a run from its configuration, on every worker alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from data_loaders.loader import Loader
+from data_loaders.mixture import Mixture
+from raydist.config.schema import RunConfig
+from raydist.core.dist import Workers
+from raydist.core.rows import Rows
+from raydist.fsdp_utils.materialize import materialize
+from raydist.fsdp_utils.mesh import make_mesh
+from raydist.models.decoder import Decoder
+from raydist.objectives.base import Objective
+from raydist.training.batches import StepBatch, step_batch_maker
+from raydist.training.data import TrainingData, open_data
+from raydist.training.model import decoder_config, initial_weights
+from raydist.training.optim import GuardedAdamW
+
+# Validation draws its noise from another seed than training, the same one in every run.
+_VALIDATION_SEED = 0x5EED
+
+
+class ValidationBatches:
+    """The same batches at every validation: rows in the order of the dataset, noise keyed by row."""
+
+    def __init__(self, loader: Loader[StepBatch], make: Callable[[Rows], StepBatch], *, batch_rows: int) -> None:
+        self._loader = loader
+        self._make = make
+        self._batch_rows = batch_rows
+
+    def batch(self, index: int) -> StepBatch:
+        """This rank's part of the ``index``-th batch."""
+        return self._make(self._loader.rows(first_sample=index * self._batch_rows, step=index))
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """The parts of one attempt."""
+
+    model: Decoder
+    optimizer: GuardedAdamW
+    objective: Objective
+    data: TrainingData
+    validation: ValidationBatches | None
+
+    @property
+    def data_hash(self) -> str:
+        """Names datasets, shares, row length, seed and order."""
+        return self.data.train.sha256
+
+
+def assemble(config: RunConfig, workers: Workers) -> Assembly:
+    """Opens the data, builds and shards the model, makes optimizer and objective.
+
+    Raises:
+        RaydistError: whatever does not fit, before any step.
+    """
+    training = config.training
+    if training.num_threads is not None and workers.device.type == "cpu":
+        torch.set_num_threads(training.num_threads)
+    data = open_data(config.data, seed=config.seed)
+    objective = config.objective.build(data.ids)
+    model_config = decoder_config(config.model, data=data, seq_len=config.data.seq_len)
+    model = materialize(
+        model_config,
+        mesh=make_mesh(workers),
+        device=workers.device,
+        seed=config.seed,
+        precision=training.precision,
+        recompute=config.model.recompute,
+        compile=config.model.compile,
+        weights=initial_weights(config.model, model_config),
+        attention=_attention(config, workers),
+    )
+    return Assembly(
+        model=model,
+        optimizer=GuardedAdamW(model.named_parameters(), training.optimizer),
+        objective=objective,
+        data=data,
+        validation=_validation(config, data.validation, objective, workers),
+    )
+
+
+def train_loader(
+    config: RunConfig, parts: Assembly, workers: Workers, *, start_step: int, start_sample: int
+) -> Loader[StepBatch]:
+    """This rank's batches from a step on."""
+    return Loader(
+        parts.data.train,
+        batch_rows=config.training.batch_rows,
+        rank=workers.rank,
+        world_size=workers.world_size,
+        start_sample=start_sample,
+        start_step=start_step,
+        num_steps=config.training.num_steps - start_step,
+        prefetch_steps=config.data.prefetch_steps,
+        transform=step_batch_maker(
+            parts.objective, noise_seed=config.seed, microbatch_rows=config.training.microbatch_rows
+        ),
+    )
+
+
+def _validation(
+    config: RunConfig, mixture: Mixture | None, objective: Objective, workers: Workers
+) -> ValidationBatches | None:
+    if mixture is None:
+        return None
+    training = config.training
+    loader: Loader[StepBatch] = Loader(
+        mixture, batch_rows=training.batch_rows, rank=workers.rank, world_size=workers.world_size
+    )
+    make = step_batch_maker(objective, noise_seed=_VALIDATION_SEED, microbatch_rows=training.microbatch_rows)
+    return ValidationBatches(loader, make, batch_rows=training.batch_rows)
+
+
+def _attention(config: RunConfig, workers: Workers) -> str:
+    if config.model.attention != "auto":
+        return config.model.attention
+    return "flex" if workers.device.type == "cuda" else "sdpa"

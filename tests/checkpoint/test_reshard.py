@@ -1,0 +1,79 @@
+"""Saves by 1 and 2 workers, each loaded by 1 and 2."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from raydist.checkpoint.layout import newest_complete
+from raydist.core.dist import Workers
+from raydist.core.errors import CheckpointError
+from tests.checkpoint.cases import checkpointer_of_one, load_as, make, save_as
+from tests.fsdp_utils.workers import run_alone, run_workers
+
+
+def _two_workers(workers: Workers, folder: str) -> None:
+    save_as(workers, f"{folder}/by2", f"{folder}/by2.safetensors")
+    load_as(workers, f"{folder}/by2", f"{folder}/by2.safetensors")
+    load_as(workers, f"{folder}/by1", f"{folder}/by1.safetensors")
+    _failure_is_seen_by_all(workers, folder)
+
+
+def _failure_is_seen_by_all(workers: Workers, folder: str) -> None:
+    """Worker 1 cannot write: rank 0 learns it from the done file, no marker appears, and both raise at the next call."""
+    model, optimizer = make(workers)
+    with checkpointer_of_one(f"{folder}/failing"):
+        pass
+    from raydist.checkpoint import store
+    from raydist.checkpoint.checkpointer import Checkpointer
+
+    checkpointer = Checkpointer(f"{folder}/failing", keep=2, workers=workers)
+    healthy = store.write_shard
+    if workers.rank == 1:
+
+        def broken(path: str, tensors: object) -> None:
+            raise OSError("no space left on device")
+
+        store.write_shard = broken
+    checkpointer.save(1, model=model, optimizer=optimizer, trainer_state={})
+    with pytest.raises(CheckpointError, match="stor"):
+        checkpointer.save(2, model=model, optimizer=optimizer, trainer_state={})
+    assert newest_complete(f"{folder}/failing") is None
+    store.write_shard = healthy
+    checkpointer.save(2, model=model, optimizer=optimizer, trainer_state={})
+    checkpointer.close()
+    newest = newest_complete(f"{folder}/failing")
+    assert newest is not None
+    assert newest.step == 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    root = tmp_path_factory.mktemp("runs")
+    run_alone(save_as, f"{root}/by1", f"{root}/by1.safetensors")
+    run_workers(_two_workers, str(root), world_size=2, store_path=f"{root}/store")
+    return str(root)
+
+
+def test_two_workers_to_one_is_bitwise(folder: str) -> None:
+    run_alone(load_as, f"{folder}/by2", f"{folder}/by2.safetensors")
+
+
+def test_one_worker_to_one_is_bitwise(folder: str) -> None:
+    run_alone(load_as, f"{folder}/by1", f"{folder}/by1.safetensors")
+
+
+def test_each_worker_writes_its_own_rows_and_nothing_is_written_twice(folder: str) -> None:
+    found = {}
+    for name in ("by1", "by2"):
+        checkpoint = newest_complete(f"{folder}/{name}")
+        assert checkpoint is not None
+        found[name] = checkpoint
+    assert [name for name in found["by2"].files if name.endswith("safetensors")] == [
+        "rank-0000.safetensors",
+        "rank-0001.safetensors",
+    ]
+    table = json.loads((Path(found["by2"].folder) / "metadata.json").read_text())["tensors"]
+    for tensor in table.values():
+        rows = [chunk["sizes"][0] for chunk in tensor["chunks"] if chunk["sizes"]]
+        assert sum(rows) == (tensor["shape"][0] if tensor["shape"] else 0)

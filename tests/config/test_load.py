@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raydist.config.load import (
+    changed_identity_keys,
+    dump_yaml,
+    flatten,
+    load_recipe,
+    merge,
+    parse_overrides,
+    read_resolved,
+)
+from raydist.core.errors import ConfigError
+
+MINIMAL = """
+model: {preset: debug}
+data: {train: some/data, seq_len: 32}
+objective: {name: set_block, block_size_max: 8}
+training: {num_steps: 10, batch_rows: 4, microbatch_rows: 2, optimizer: {learning_rate: 0.001}}
+"""
+
+
+@pytest.fixture
+def recipe_path(tmp_path: Path) -> str:
+    path = tmp_path / "mine.yaml"
+    path.write_text(MINIMAL)
+    return str(path)
+
+
+def test_layers_later_wins(tmp_path: Path, recipe_path: str) -> None:
+    (tmp_path / "base.yaml").write_text("seed: 3\ntraining: {log_every_steps: 7, precision: bf16}\n")
+    recipe = load_recipe(recipe_path, ["training.precision=fp32", "training.optimizer.betas=[0.8,0.9]"])
+    assert recipe.config.seed == 3  # base.yaml
+    assert recipe.config.training.log_every_steps == 7
+    assert recipe.config.training.precision == "fp32"  # override
+    assert recipe.config.training.optimizer.betas == (0.8, 0.9)
+    assert recipe.config.training.optimizer.clip_norm == 1.0  # schema
+    assert recipe.config.data.train[0].path == "some/data"
+    assert recipe.config.objective.block_size_max == 8
+    assert recipe.config.name == f"mine-{recipe.config_hash[:8]}"
+
+
+def test_a_base_in_the_folder_above_counts(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("seed: 11\n")
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "r.yaml").write_text(MINIMAL)
+    assert load_recipe(str(tmp_path / "below" / "r.yaml")).config.seed == 11
+
+
+def test_choosing_another_name_drops_the_old_choice(tmp_path: Path, recipe_path: str) -> None:
+    recipe = load_recipe(recipe_path, ["objective.name=next_token"])
+    assert recipe.config.objective.model_dump() == {"name": "next_token"}
+
+
+@pytest.mark.parametrize(
+    ("override", "where", "fix"),
+    [
+        ("trainning.num_steps=3", "trainning", "training"),
+        ("training.num_step=3", "training.num_step", "num_steps"),
+        ("training.optimizer.learnin_rate=1", "training.optimizer.learnin_rate", "learning_rate"),
+        ("objective.block_size_maxx=4", "objective.block_size_maxx", "block_size_max"),
+        ("sampling.sampler={name: set_block, gama: 4}", "sampling.sampler.gama", "gamma"),
+    ],
+)
+def test_a_misspelt_key_names_the_nearest_one(recipe_path: str, override: str, where: str, fix: str) -> None:
+    with pytest.raises(ConfigError, match="unknown key") as caught:
+        load_recipe(recipe_path, [override])
+    assert caught.value.where == where
+    assert fix in (caught.value.fix or "") + (caught.value.expected or "")
+
+
+@pytest.mark.parametrize(
+    ("override", "where"),
+    [
+        ("training.num_steps=many", "training.num_steps"),
+        ("training.num_steps=0", "training.num_steps"),
+        ("training.precision=fp8", "training.precision"),
+        ("data.train=[]", "data.train"),
+        ("name=../escape", "name"),
+        ("training.batch_rows=5", ""),
+    ],
+)
+def test_a_wrong_value_names_its_key(recipe_path: str, override: str, where: str) -> None:
+    with pytest.raises(ConfigError, match="does not fit") as caught:
+        load_recipe(recipe_path, [override])
+    assert caught.value.where == where
+
+
+def test_missing_required_key(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(MINIMAL.replace("num_steps: 10, ", ""))
+    with pytest.raises(ConfigError, match="required key is missing") as caught:
+        load_recipe(str(path))
+    assert caught.value.where == "training.num_steps"
+
+
+def test_unknown_choice_names_the_others(recipe_path: str) -> None:
+    with pytest.raises(ConfigError, match="no objective has this name") as caught:
+        load_recipe(recipe_path, ["objective.name=set_blok"])
+    assert "set_block" in (caught.value.fix or "")
+
+
+@pytest.mark.parametrize("override", ["nonsense", "=3", "a..b=3", "a.=3", "a={"])
+def test_what_is_no_override(recipe_path: str, override: str) -> None:
+    with pytest.raises(ConfigError, match="override"):
+        load_recipe(recipe_path, [override])
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "\x00", "a: !!python/object/apply:os.getcwd []"])
+def test_what_is_no_recipe(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError):
+        load_recipe(str(path))
+
+
+def test_missing_file() -> None:
+    with pytest.raises(ConfigError, match="no such recipe"):
+        load_recipe("nowhere.yaml")
+
+
+def test_resolved_round_trip(tmp_path: Path, recipe_path: str) -> None:
+    recipe = load_recipe(recipe_path)
+    (tmp_path / "config.yaml").write_text(dump_yaml(recipe.config))
+    again = read_resolved(str(tmp_path / "config.yaml"))
+    assert again.config == recipe.config
+    assert again.config_hash == recipe.config_hash
+
+
+def test_the_hash_sees_what_is_computed_and_nothing_else(recipe_path: str) -> None:
+    base = load_recipe(recipe_path)
+    same = load_recipe(
+        recipe_path, ["scaling.num_workers=2", "output_dir=elsewhere", "checkpoint.keep=9", "training.microbatch_rows=1"]
+    )
+    assert same.config_hash == base.config_hash
+    assert changed_identity_keys(base.config, same.config) == []
+    for override in ("seed=1", "training.num_steps=11", "objective.block_size_max=9", "data.seq_len=33"):
+        other = load_recipe(recipe_path, [override])
+        assert other.config_hash != base.config_hash
+        assert changed_identity_keys(base.config, other.config) == [override.split("=")[0]]
+
+
+nested = st.recursive(
+    st.integers() | st.text(max_size=3),
+    lambda inner: st.dictionaries(st.sampled_from("abcd"), inner, max_size=3),
+    max_leaves=8,
+)
+trees = st.dictionaries(st.sampled_from("abcd"), nested, max_size=4)
+
+
+@given(trees, trees)
+def test_merge_agrees_with_merging_leaves(base: dict, overlay: dict) -> None:
+    merged = merge(base, overlay)
+    flat = flatten(merged)
+    for key, value in flatten(overlay).items():
+        if value != {}:
+            assert flat[key] == value
+    assert merge(merged, overlay) == merged
+    assert merge(base, {}) == base
+
+
+def test_overrides_keep_types() -> None:
+    assert parse_overrides(["a.b=1", "a.c=1.5", "d=null", "e=[1,x]", "f=text", "g=true"]) == {
+        "a": {"b": 1, "c": 1.5},
+        "d": None,
+        "e": [1, "x"],
+        "f": "text",
+        "g": True,
+    }
+
+
+RECIPES = sorted((Path(__file__).parents[2] / "jobs" / "recipes").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.name != "base.yaml"], ids=lambda path: path.stem)
+def test_every_recipe_that_comes_along_loads(path: Path) -> None:
+    assert load_recipe(str(path)).config.name
+
+
+def test_the_editors_schema_is_current() -> None:
+    from raydist.config.schema import RunConfig
+
+    written = json.loads((RECIPES[0].parent / "recipe.schema.json").read_text())
+    assert written == RunConfig.model_json_schema(), "run: raydist config schema > jobs/recipes/recipe.schema.json"

@@ -1,0 +1,145 @@
+"""What one worker computes for the tests of this folder; the tests compare the files it leaves."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from raydist.core.dist import Workers
+from raydist.core.terms import HeadTerm
+from raydist.fsdp_utils.apply import reshard
+from raydist.fsdp_utils.materialize import full_state, materialize
+from raydist.fsdp_utils.mesh import make_mesh
+from raydist.models.config import DecoderConfig
+from raydist.models.decoder import Decoder
+from raydist.models.mask_spec import CausalMask
+
+SEED = 11
+LENGTH = 12
+NUM_ROWS = 8
+
+
+def tiny_config(*, tied: bool, family: str = "llama") -> DecoderConfig:
+    """37 tokens and 3 query heads of 4: no dimension but the width divides by 2; the head norm has fewer rows than some."""
+    return DecoderConfig(
+        family=family,
+        vocab_size=37,
+        num_layers=2,
+        width=16,
+        hidden_width=23,
+        num_heads=3,
+        num_kv_heads=1,
+        head_dim=4,
+        tied_embeddings=tied,
+    )
+
+
+def tokens_of_rows() -> Tensor:
+    """Fixed token ids ``[NUM_ROWS, LENGTH]``."""
+    return (torch.arange(NUM_ROWS * LENGTH).view(NUM_ROWS, LENGTH) * 7919) % 37
+
+
+def loss_mask_of_rows() -> Tensor:
+    """Very uneven: row 0 carries no loss, row 7 on all positions, the others on one or two."""
+    mask_BL = torch.zeros(NUM_ROWS, LENGTH, dtype=torch.bool)
+    mask_BL[1, 3] = mask_BL[2, 5] = mask_BL[3, 0] = mask_BL[4, 11] = mask_BL[5, 2:4] = mask_BL[6, 1] = True
+    mask_BL[7] = True
+    return mask_BL
+
+
+def backward_of_rows(decoder: Decoder, *, rows: slice) -> float:
+    """One microbatch: loss sum over these rows divided by the count of all rows, and its backward."""
+    tokens_BL, mask_BL = tokens_of_rows()[rows], loss_mask_of_rows()[rows]
+    positions_T = mask_BL.view(-1).nonzero()[:, 0]
+    targets_T = ((tokens_BL + 3) % 37).view(-1)[positions_T]
+    term = HeadTerm("next", positions_T, targets_T, None)
+    (result,) = decoder(tokens_BL, torch.arange(LENGTH)[None], CausalMask(length=LENGTH), [term])
+    loss = result.loss_sum / loss_mask_of_rows().sum()
+    loss.backward()
+    return loss.item()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One sharded model."""
+
+    name: str
+    tied: bool
+    family: str = "llama"
+    precision: str = "fp32"
+    recompute: str = "none"
+    num_microbatches: int = 1
+
+
+CASES = (
+    Case("tied", tied=True),
+    Case("untied", tied=False),
+    Case("qwen3", tied=True, family="qwen3"),
+    Case("recompute", tied=False, recompute="block", num_microbatches=2),
+    Case("accumulated", tied=True, num_microbatches=2),
+    Case("bf16", tied=True, precision="bf16", num_microbatches=2),
+)
+
+
+def compute(workers: Workers, folder: str) -> None:
+    """Every case: initial weights, then weights seen by the model, then gradients, into ``folder``."""
+    mesh = make_mesh(workers)
+    for case in CASES:
+        options: dict[str, Any] = {"precision": case.precision, "recompute": case.recompute}
+        config = tiny_config(tied=case.tied, family=case.family)
+        decoder = materialize(config, mesh=mesh, device=workers.device, seed=SEED, **options)
+        assert (decoder.head.weight is decoder.embedding.weight) == case.tied
+        weights = full_state(decoder)
+        assert bool(weights) == workers.is_first
+        assert {str(parameter.dtype) for parameter in decoder.parameters()} == {"torch.float32"}
+        rows_per_pass = NUM_ROWS // (workers.world_size * case.num_microbatches)
+        loss = 0.0
+        for microbatch in range(case.num_microbatches):
+            first = (microbatch * workers.world_size + workers.rank) * rows_per_pass
+            loss += backward_of_rows(decoder, rows=slice(first, first + rows_per_pass))
+        reshard(decoder)
+        losses = torch.tensor([loss])
+        torch.distributed.all_reduce(losses)
+        gradients = {name: parameter.grad.full_tensor() for name, parameter in decoder.named_parameters()}
+        if workers.is_first:
+            save_file(weights, os.path.join(folder, f"{case.name}-weights.safetensors"))
+            save_file({"loss": losses, **gradients}, os.path.join(folder, f"{case.name}-gradients.safetensors"))
+    check_loading(workers)
+
+
+class ArrayWeights:
+    """Stored weights in memory."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def read(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+def check_loading(workers: Workers) -> None:
+    """Loaded weights arrive whole, and a validation forward leaves nothing gathered behind for ``full_state``."""
+    config = tiny_config(tied=False)
+    stored = {name: torch.randn(p.shape) for name, p in Decoder(config).named_parameters()}
+    for tensor in stored.values():
+        torch.distributed.broadcast(tensor, src=0)
+    decoder = materialize(
+        config, mesh=make_mesh(workers), device=workers.device, seed=SEED, weights=ArrayWeights(stored)
+    )
+    with torch.no_grad():
+        decoder(tokens_of_rows(), torch.arange(LENGTH)[None], CausalMask(length=LENGTH), [])
+    found = full_state(decoder)
+    assert bool(found) == workers.is_first
+    if workers.is_first:
+        assert list(found) == list(stored)
+        assert all(torch.equal(found[name], stored[name]) for name in stored)
+
+
+def read(folder: str, case: Case, what: str) -> dict[str, Tensor]:
+    """What :func:`compute` left."""
+    return load_file(os.path.join(folder, f"{case.name}-{what}.safetensors"))

@@ -1,0 +1,32 @@
+"""Tiny random decoders whose predictions are sharp enough to differ from place to place."""
+
+import torch
+
+from raydist.models.config import DecoderConfig
+from raydist.models.decoder import Decoder
+from raydist.models.init import initialize
+
+VOCAB_SIZE, MASK_ID = 12, 11
+
+
+def tiny_decoder(*, family="llama", seed=0, dtype=torch.float64):
+    config = DecoderConfig(
+        family=family,
+        vocab_size=VOCAB_SIZE,
+        num_layers=2,
+        width=16,
+        hidden_width=24,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        max_positions=64,
+    )
+    decoder = Decoder(config)
+    initialize(decoder, seed)
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            if name.startswith("blocks") and parameter.ndim == 2:
+                parameter.mul_(20.0)
+            if name == "head.weight":
+                parameter.mul_(2.5 / 4 / parameter.std())
+    return decoder.to(dtype).eval()

@@ -1,0 +1,282 @@
+"""Every (metric, step) reaches MLflow once, whatever dies in between. Straight into SQLite, so that it is fast."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from raydist.core.errors import ConfigError, TrackingError
+from raydist.tracking import jsonl, server
+from raydist.tracking.find import find_run
+from raydist.tracking.mirror import Mirror
+from raydist.tracking.mlflow_runs import resolve_uri, start_run, sync_run
+from raydist.tracking.mlflow_tracker import open_tracker
+from raydist.tracking.record import DatasetInput, load_record
+from raydist.tracking.run_files import RUN_RECORD, SENT_RECORD, RunFiles
+from tests.tracking.helpers import history, make_config
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, int]]:
+    """Counts what goes over the wire, which is stricter than to count what a store keeps."""
+    counter: Counter[tuple[str, int]] = Counter()
+    connect = server.connect
+
+    def counting_connect(uri: str) -> Any:
+        client = connect(uri)
+        log_batch = client.log_batch
+
+        def counting_log_batch(run_id: str, metrics: Any = (), **rest: Any) -> None:
+            assert len(metrics) <= 1000
+            counter.update((metric.key, metric.step) for metric in metrics)
+            log_batch(run_id, metrics=metrics, **rest)
+
+        client.log_batch = counting_log_batch
+        return client
+
+    monkeypatch.setattr(server, "connect", counting_connect)
+    return counter
+
+
+def log(run_dir: Path, steps: range, *, attempt: int | None = None, keys: tuple[str, ...] = ("loss",)) -> None:
+    tracker = jsonl.JsonlTracker(str(run_dir / jsonl.FILE_NAME), attempt=attempt)
+    for step in steps:
+        tracker.log_metrics({key: step / 2 for key in keys}, step=step)
+    tracker.close()
+
+
+def test_one_run_for_all_attempts_and_no_step_twice(tmp_path: Path, sent: Counter[tuple[str, int]]) -> None:
+    run_dir = tmp_path / "small"
+    ids = set()
+    for steps in (range(1, 11), range(7, 14), range(10, 21)):
+        handle = start_run(make_config(tmp_path), run_dir=str(run_dir))
+        tracker = open_tracker(str(run_dir), system_metrics=False)
+        for step in steps:
+            tracker.log_metrics({"loss": step / 2}, step=step)
+        tracker.close()
+        ids.add(handle.run_id)
+    handle.finish("FINISHED")
+
+    assert len(ids) == 1
+    run = find_run(str(run_dir))
+    assert (run.status, run.last_step, run.tags["raydist.attempt"]) == ("FINISHED", 20, "3")
+    assert history(run.uri, run.run_id, "loss") == [(step, step / 2) for step in range(1, 21)]
+    assert sent == Counter({("loss", step): 1 for step in range(1, 21)})
+
+
+@pytest.mark.parametrize("lost", ["stale", "absent", "damaged"])
+def test_a_crash_between_sending_and_recording(tmp_path: Path, sent: Counter[tuple[str, int]], lost: str) -> None:
+    run_dir = tmp_path / "small"
+    start_run(make_config(tmp_path), run_dir=str(run_dir))
+    record = run_dir / SENT_RECORD
+    log(run_dir, range(1, 6))
+    sync_run(str(run_dir))
+    stale = record.read_bytes()
+    log(run_dir, range(6, 11), attempt=1)
+    sync_run(str(run_dir))
+
+    if lost == "absent":
+        record.unlink()
+    else:
+        record.write_bytes(stale if lost == "stale" else b'{"run_id": ')
+    log(run_dir, range(11, 13), attempt=1)
+    sync_run(str(run_dir))
+    assert sent == Counter({("loss", step): 1 for step in range(1, 13)})
+
+
+def test_a_run_whose_creation_was_not_recorded_is_found_again(tmp_path: Path) -> None:
+    run_dir = tmp_path / "small"
+    first = start_run(make_config(tmp_path), run_dir=str(run_dir), datasets=[DatasetInput("text", "d", "a" * 64)])
+    record = load_record(str(run_dir / RUN_RECORD))
+    assert record is not None
+    path = run_dir / RUN_RECORD
+    run_id = first.run_id
+    path.write_text(path.read_text().replace(f'"{run_id}"', "null"))
+    (run_dir / SENT_RECORD).unlink()
+    assert start_run(make_config(tmp_path), run_dir=str(run_dir)).run_id == run_id
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 3)), min_size=1, max_size=6))
+def test_any_sizes_of_records_and_batches(
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    plan: list[tuple[int, int]],
+) -> None:
+    """Batches of at most 7 metrics, dying after each call: all arrives once."""
+    from raydist.tracking import mirror as module
+
+    run_dir = tmp_path_factory.mktemp("run")
+    (tmp_path / "shared").mkdir(exist_ok=True)
+    config = make_config(tmp_path / "shared")
+    monkeypatch.setattr(module, "_METRICS_PER_CALL", 7)
+    start_run(config, run_dir=str(run_dir))
+    expected: dict[str, list[tuple[int, float]]] = {}
+    step = 0
+    for num_keys, num_steps in plan:
+        steps = range(step + 1, step + 1 + num_steps)
+        keys = tuple(f"m{index}" for index in range(num_keys))
+        log(run_dir, steps, attempt=1, keys=keys)
+        step = steps[-1]
+        for key in keys:
+            expected.setdefault(key, []).extend((s, s / 2) for s in steps)
+
+    class Killed(Exception):
+        pass
+
+    num_calls = 0
+    while True:  # each process dies after its first call, before it can record it
+        num_calls += 1
+        assert num_calls < 1000
+        mirror = Mirror(RunFiles(str(run_dir)))
+        client, _ = mirror._contact()
+        log_batch = client.log_batch
+
+        def dying(*args: Any, call: Any = log_batch, **rest: Any) -> None:
+            call(*args, **rest)
+            raise Killed
+
+        client.log_batch = dying
+        try:
+            run_id = mirror.send_waiting()
+            break
+        except Killed:
+            continue
+    uri = find_run(str(run_dir)).uri
+    for key, points in expected.items():
+        assert history(uri, run_id, key) == points
+
+
+def test_non_finite_values_odd_names_and_a_torn_tail(tmp_path: Path) -> None:
+    run_dir = tmp_path / "small"
+    handle = start_run(make_config(tmp_path), run_dir=str(run_dir))
+    tracker = jsonl.JsonlTracker(str(run_dir / jsonl.FILE_NAME))
+    tracker.log_metrics({"nan": math.nan, "inf": -math.inf, "bad name %": 1.0, "k" * 400: 2.0}, step=1)
+    tracker.close()
+    with open(run_dir / jsonl.FILE_NAME, "ab") as stream:
+        stream.write(b'{"step": 2, "nan": 0')
+    sync_run(str(run_dir))
+    metrics = find_run(str(run_dir)).metrics
+    assert set(metrics) == {"nan", "inf", "bad name _", "k" * 250}
+    assert math.isnan(metrics["nan"])
+    assert metrics["inf"] < -1e300
+    assert Mirror(RunFiles(str(run_dir))).num_waiting() == 0
+    assert handle.run_id == find_run(str(run_dir)).run_id
+
+
+def test_the_run_carries_config_lineage_and_datasets(tmp_path: Path) -> None:
+    run_dir = tmp_path / "small"
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text("seed: 0\n")
+    dataset = DatasetInput("text", "s3://bucket/text", "ab" * 32)
+    config = make_config(tmp_path, tags={"team": "blue"})
+    handle = start_run(config, run_dir=str(run_dir), datasets=[dataset], tags={"sweep": "s1"})
+    run = find_run(str(run_dir))
+    assert run.params["training.optimizer.learning_rate"] == "0.001"
+    assert run.params["data.train.0.path"] == "data/text"
+    assert run.tags["team"] == "blue"
+    assert run.tags["sweep"] == "s1"
+    assert run.tags["dataset.text"] == "ab" * 32
+    assert {"version.torch", "version.ray", "version.mlflow", "version.pyarrow", "version.python"} <= set(run.tags)
+    inputs = server.connect(run.uri).get_run(run.run_id).inputs.dataset_inputs
+    assert [(i.dataset.name, i.dataset.digest, i.tags[0].value) for i in inputs] == [
+        ("text", ("ab" * 32)[:36], "train")
+    ]
+    artifacts = [item.path for item in server.connect(run.uri).list_artifacts(handle.run_id)]
+    assert "config.yaml" in artifacts
+
+
+def test_system_metrics_ride_on_the_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from raydist.tracking.mlflow_tracker import RunTracker
+    from raydist.tracking.system import SystemSampler
+
+    tracker = RunTracker(RunFiles(str(tmp_path)), sampler=SystemSampler(interval_s=0.0))
+    tracker.log_metrics({"loss": 1.0}, step=5)
+    tracker.close()
+    curves = jsonl.read_curve(str(tmp_path / jsonl.FILE_NAME))
+    assert curves["loss"] == [(5, 1.0)]
+    ((step, used_gib),) = curves["system/process_memory_gib"]
+    assert step == 5
+    assert 0.01 < used_gib < 1000
+
+
+def test_off_means_off(tmp_path: Path) -> None:
+    handle = start_run(make_config(tmp_path, mlflow_uri="none"), run_dir=str(tmp_path / "small"))
+    tracker = open_tracker(str(tmp_path / "small"))
+    tracker.log_metrics({"loss": 1.0}, step=1)
+    assert tracker.flush()
+    tracker.close()
+    assert handle.finish("FINISHED")
+    assert handle.run_id is None
+    assert sorted(path.name for path in (tmp_path / "small").iterdir()) == ["metrics.jsonl"]
+    with pytest.raises(TrackingError, match="no MLflow run"):
+        sync_run(str(tmp_path / "small"))
+
+
+def test_a_run_directory_in_a_bucket_goes_on_from_another_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = f"memory://bucket-{tmp_path.name}/small"
+    config = make_config(tmp_path, mlflow_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    for node, steps in (("one", range(1, 4)), ("two", range(3, 6))):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / node))
+        start_run(config, run_dir=run_dir)
+        tracker = open_tracker(run_dir, system_metrics=False)
+        for step in steps:
+            tracker.log_metrics({"loss": step / 2}, step=step)
+        tracker.close()
+    assert jsonl.read_curve(f"{run_dir}/metrics.jsonl") == {"loss": [(step, step / 2) for step in range(1, 6)]}
+    run = find_run(run_dir)
+    assert run.tags["raydist.attempt"] == "2"
+    assert history(run.uri, run.run_id, "loss") == [(step, step / 2) for step in range(1, 6)]
+
+
+def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = resolve_uri(None, output_dir=str(tmp_path), experiment="e")
+    assert target is not None
+    assert target.uri == f"sqlite:///{tmp_path}/mlflow.db"
+    assert target.artifact_location == f"{tmp_path}/mlartifacts/e"
+    assert resolve_uri("none", output_dir=str(tmp_path)) is None
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere:5000")
+    assert resolve_uri(None, output_dir="s3://b") == resolve_uri("http://elsewhere:5000", output_dir="s3://b")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    with pytest.raises(ConfigError, match="local folder"):
+        resolve_uri(None, output_dir="s3://bucket/runs")
+    for wrong in ("htp://x", "mlruns", "http://me:" + "pw@host:5000"):
+        with pytest.raises(TrackingError) as caught:
+            resolve_uri(wrong, output_dir=str(tmp_path))
+        assert "pw" not in str(caught.value)
+
+
+def test_a_deleted_experiment_is_refused_at_the_start(tmp_path: Path) -> None:
+    start_run(make_config(tmp_path), run_dir=str(tmp_path / "small"))
+    client = server.connect(f"sqlite:///{tmp_path}/mlflow.db")
+    client.delete_experiment(client.get_experiment_by_name("raydist").experiment_id)
+    with pytest.raises(TrackingError, match="was deleted"):
+        start_run(make_config(tmp_path), run_dir=str(tmp_path / "other"))
+
+
+def test_a_damaged_run_record_says_so(tmp_path: Path) -> None:
+    (tmp_path / RUN_RECORD).write_text('{"uri": 3}')
+    with pytest.raises(TrackingError, match="cannot be read"):
+        sync_run(str(tmp_path))
+
+
+def test_a_vanished_artifact_does_not_hold_up_the_others(tmp_path: Path) -> None:
+    from raydist.tracking.artifacts import list_artifacts
+
+    run_dir = tmp_path / "small"
+    handle = start_run(make_config(tmp_path), run_dir=str(run_dir))
+    (tmp_path / "kept.txt").write_text("kept")
+    tracker = open_tracker(str(run_dir))
+    tracker.log_artifact(str(tmp_path / "gone.txt"))
+    tracker.log_artifact(str(tmp_path / "kept.txt"), folder="pictures")
+    assert tracker.flush()
+    tracker.close()
+    assert handle.finish("KILLED")
+    assert "pictures/kept.txt" in {entry.name for entry in list_artifacts(find_run(str(run_dir)))}
