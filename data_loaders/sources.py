@@ -12,7 +12,7 @@ import json
 import os
 import posixpath
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Any
 
 from raydist.core import storage
@@ -38,7 +38,7 @@ class InputFile:
 
     Attributes:
         path: where it is.
-        name: path below its source, ``/`` between parts; begins the ids of its documents.
+        name: the source folder's name and the path below it, ``/`` between parts; begins the ids of its documents.
         num_bytes: size.
         modified_ns: time of the last change; 0 in buckets.
     """
@@ -68,9 +68,10 @@ def find_files(sources: Sequence[str], *, include: Sequence[str] = (), exclude: 
     """
     found: dict[str, InputFile] = {}
     for source in sources:
+        label = _label(source)
         for file in _files_of(source):
             if _selected(file.name, include, exclude):
-                found.setdefault(file.path, file)
+                found.setdefault(file.path, replace(file, name=f"{label}/{file.name}" if label else file.name))
     if not found:
         raise DataError(
             "no file matches",
@@ -113,6 +114,13 @@ def _files_of(source: str) -> Iterable[InputFile]:
     if not found:
         raise DataError("a source does not exist or is empty", where=source, fix="name a file, a folder or a glob")
     return found
+
+
+def _label(source: str) -> str:
+    """The name of a source folder, or of the folder that a glob or file is in."""
+    if not storage.is_remote(source) and not os.path.isdir(storage.local_path(source)):
+        source = os.path.dirname(storage.local_path(source).split("*")[0])
+    return posixpath.basename(storage.normalize(source))
 
 
 def _local_file(path: str, name: str) -> InputFile:
@@ -169,15 +177,13 @@ def _read_jsonl(file: InputFile, fields: Fields) -> Iterator[Document]:
 
 
 def _lines(stream: IO[bytes], file: InputFile) -> Iterator[str]:
-    import zstandard
+    """Lines of a plain or compressed file; unlike zstandard's own reader, Arrow's reports a truncated frame."""
+    import pyarrow as pa
 
     try:
-        if file.path.endswith(".zst"):
-            with zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True) as plain:
-                yield from io.TextIOWrapper(plain, encoding="utf-8")
-        else:
-            yield from io.TextIOWrapper(stream, encoding="utf-8")
-    except (zstandard.ZstdError, UnicodeDecodeError) as error:
+        plain = pa.CompressedInputStream(stream, "zstd") if file.path.endswith(".zst") else stream
+        yield from io.TextIOWrapper(plain, encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             "an input file is damaged", where=file.path, found=str(error), fix="fetch the file again"
         ) from None

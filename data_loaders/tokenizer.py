@@ -126,7 +126,7 @@ class Tokenizer:
 
 
 def find_special_ids(inner: HfTokenizer) -> SpecialIds:
-    """Roles by the names that the field uses.
+    """Roles by the names that the field uses, among the added tokens (a plain vocabulary may well hold ``<s>``).
 
     The mask falls back to the last ``<|reserved_special_token_N|>`` (Llama 3 leaves about 240 of them unused), the
     padding to the end token.
@@ -134,8 +134,7 @@ def find_special_ids(inner: HfTokenizer) -> SpecialIds:
     added = {token.content: token_id for token_id, token in inner.get_added_tokens_decoder().items()}
 
     def first(names: Sequence[str]) -> int | None:
-        found = (added[name] if name in added else inner.token_to_id(name) for name in names)
-        return next((token_id for token_id in found if token_id is not None), None)
+        return next((added[name] for name in names if name in added), None)
 
     eos, mask, pad = first(_EOS_NAMES), first(_MASK_NAMES), first(_PAD_NAMES)
     if mask is None:

@@ -22,13 +22,17 @@ from raydist.core.errors import CheckpointError
 
 
 def _read_small_files(checkpoint: Checkpoint) -> tuple[Metadata, dict[str, Any]]:
-    metadata, trainer_state, error = None, {}, None
+    metadata: Metadata | None = None
+    trainer_state: dict[str, Any] = {}
+    error: CheckpointError | None = None
     try:
         path = storage.join(checkpoint.folder, METADATA)
         metadata = metadata_from_json(json.loads(checkpoint.files[METADATA].read(path)))
         trainer_state = checkpoint.read_trainer_state()
     except CheckpointError as damage:
         error = damage
+    except (ValueError, KeyError, TypeError, AttributeError) as unreadable:
+        error = CheckpointError("the checkpoint cannot be read", where=checkpoint.folder, found=repr(unreadable))
     raise_together(error, where=checkpoint.folder)
     return metadata, trainer_state
 

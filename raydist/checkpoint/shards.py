@@ -84,7 +84,11 @@ class ShardReader:
         self._reader = reader
         (header_bytes,) = struct.unpack("<Q", reader.read(0, _LENGTH_BYTES))
         self._data_start = _LENGTH_BYTES + header_bytes
-        self._table: dict[str, Any] = json.loads(bytes(reader.read(_LENGTH_BYTES, self._data_start)))
+        header = bytes(reader.read(_LENGTH_BYTES, self._data_start))
+        try:
+            self._table: dict[str, Any] = json.loads(header)
+        except ValueError as error:
+            raise CheckpointError("a shard file is not safetensors", where=reader.path, found=error) from None
 
     def start(self, name: str) -> int:
         """Where a tensor begins in the data section; reading in this order reads the file forwards."""

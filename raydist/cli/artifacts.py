@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from raydist.cli.output import say, table
-from raydist.cli.runs import add_server_arguments, server_of
+from raydist.cli.runs import add_server_arguments, find_run_of
 
 HELP = "list and pull a run's artifacts"
 
@@ -26,9 +26,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the verb."""
     from raydist.tracking import artifacts
-    from raydist.tracking.find import find_run
 
-    found = find_run(args.run, uri=server_of(args), experiment=args.experiment)
+    found = find_run_of(args)
     if args.action == "pull":
         paths = artifacts.pull(found, to=args.to, names=args.name)
         say(f"{len(paths)} files of {found.name} in {args.to}, hashes checked")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from raydist.cli.locate import find_model_dir
 from raydist.cli.output import next_commands, say
 
 HELP = "write a run's model as a Hugging Face directory"
@@ -26,6 +25,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the verb."""
     import torch
 
+    from raydist.cli.locate import find_model_dir
     from raydist.core import storage
     from raydist.core.errors import ConfigError
     from raydist.core.units import format_bytes, format_count, parse_bytes

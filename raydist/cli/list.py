@@ -34,7 +34,14 @@ def _models() -> dict[str, Any]:
     table(
         ["model", "family", "parameters", "layers", "width", "vocabulary"],
         [
-            [name, c.family, format_count(float(c.num_parameters)), c.num_layers, c.width, c.vocab_size or "of the data"]
+            [
+                name,
+                c.family,
+                format_count(float(c.num_parameters)),
+                c.num_layers,
+                c.width,
+                c.vocab_size or "of the data",
+            ]
             for name, c in rows.items()
         ],
     )

@@ -44,6 +44,14 @@ def server_of(args: argparse.Namespace) -> str | None:
     return target.uri if target else None
 
 
+def find_run_of(args: argparse.Namespace) -> TrackedRun:
+    """The run that the argument RUN means; an address given by hand is asked before any run directory."""
+    from raydist.tracking.find import find_run
+
+    output_dir = None if args.mlflow_uri else args.output_dir
+    return find_run(args.run, uri=server_of(args), experiment=args.experiment, output_dir=output_dir)
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the verb."""
     if args.action == "sync":
@@ -80,9 +88,8 @@ def _list(args: argparse.Namespace) -> dict[str, Any]:
 def _show(args: argparse.Namespace) -> dict[str, Any]:
     from raydist.core.units import format_bytes
     from raydist.tracking.artifacts import list_artifacts
-    from raydist.tracking.find import find_run
 
-    found = find_run(args.run, uri=server_of(args), experiment=args.experiment)
+    found = find_run_of(args)
     files = list_artifacts(found)
     say(f"{found.name}  {found.status.lower()}  started {_started(found)}  took {_duration(found)}")
     say(f"run {found.run_id} of experiment {found.experiment} at {found.uri}")

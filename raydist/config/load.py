@@ -72,7 +72,10 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     if not os.path.isfile(path):
         raise ConfigError(
-            "no such recipe", where=path, expected="a YAML file", fix="ls jobs/recipes shows the recipes that come along"
+            "no such recipe",
+            where=path,
+            expected="a YAML file",
+            fix="ls jobs/recipes shows the recipes that come along",
         )
     merged: dict[str, Any] = {}
     for layer in (_find_base(path), path):
@@ -137,12 +140,13 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
 
 def merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
     """``overlay`` over ``base``; dicts merge, everything else is replaced, a changed choice replaces the whole choice."""
-    if "name" in overlay and "name" in base and overlay["name"] != base["name"]:
-        return dict(overlay)
     merged = dict(base)
     for key, value in overlay.items():
         old = merged.get(key)
-        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        extends = (
+            isinstance(old, dict) and isinstance(value, dict) and old.get("name") == value.get("name", old.get("name"))
+        )
+        merged[key] = merge(old, value) if extends else value
     return merged
 
 
@@ -159,7 +163,9 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     try:
         values = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=True)
     except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError("an override cannot be read", found=" ".join(overrides), expected=_first_line(error)) from None
+        raise ConfigError(
+            "an override cannot be read", found=" ".join(overrides), expected=_first_line(error)
+        ) from None
     return values  # type: ignore[return-value]
 
 

@@ -81,9 +81,7 @@ class RowRng:
         positions_1L = torch.arange(num_positions, dtype=torch.int64, device=self.rows_B.device)[None, :]
         rows_low, rows_high = _words(self.rows_B[:, None])
         epochs = self.epochs_B[:, None] & _MASK32
-        word0, word1, _, _ = philox_4x32(
-            (positions_1L, rows_low, rows_high, epochs), stream_key(self.seed, purpose)
-        )
+        word0, word1, _, _ = philox_4x32((positions_1L, rows_low, rows_high, epochs), stream_key(self.seed, purpose))
         return word0, word1
 
     def uniform(self, purpose: str, num_positions: int) -> Tensor:

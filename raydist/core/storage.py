@@ -50,11 +50,7 @@ def safe_name(name: str, *, where: str) -> str:
         RaydistError: the name would leave the folder.
     """
     parts = name.split("/")
-    if (
-        not name
-        or any(part in ("", ".", "..") for part in parts)
-        or any(ord(c) < 32 or c in "\\:" for c in name)
-    ):
+    if not name or any(part in ("", ".", "..") for part in parts) or any(ord(c) < 32 or c in "\\:" for c in name):
         raise RaydistError(
             "a file name leaves its folder", where=where, found=repr(name), expected="a relative name without '..'"
         )

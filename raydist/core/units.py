@@ -51,5 +51,7 @@ def parse_bytes(text: str | int, *, where: str = "size") -> int:
     match = _SIZE.match(text)
     scale = {**_BINARY, **_DECIMAL}.get(match.group(2).upper()) if match else None
     if match is None or scale is None:
-        raise ConfigError("not a size", where=where, found=repr(text), expected="a number with B, MB, GB, MiB, GiB, ...")
+        raise ConfigError(
+            "not a size", where=where, found=repr(text), expected="a number with B, MB, GB, MiB, GiB, ..."
+        )
     return int(float(match.group(1)) * scale)

@@ -70,3 +70,10 @@ def compare_samplers(
         generations = sampler.generate(model, prompts, max_new_tokens=max_new_tokens)
         results.append(SamplerResult(config, generations, time.perf_counter() - start_s))
     return results
+
+
+def sampler_label(config: SamplerConfig) -> str:
+    """``set_block, block_size 16, gamma 0.35``: the sampler and those settings that say how it decodes."""
+    shown = {"block_size", "gamma"} | (config.model_fields_set - {"name"})
+    values = config.model_dump()
+    return ", ".join([config.name, *(f"{name} {values[name]}" for name in values if name in shown)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -136,7 +137,10 @@ def trace_figure(generation: Generation, pieces: Sequence[str], *, title: str, p
 
 def draw_trace(generation: Generation, pieces: Sequence[str], *, path: str, title: str, prompt: str = "") -> None:
     """Writes :func:`trace_figure` to a local PNG (or, by its ending, PDF or SVG) file."""
-    trace_figure(generation, pieces, title=title, prompt=prompt).savefig(path)
+    figure = trace_figure(generation, pieces, title=title, prompt=prompt)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # such a character is drawn as a box
+        figure.savefig(path)
 
 
 def _paler(rgba: Sequence[float]) -> tuple[float, ...]:
@@ -153,11 +157,11 @@ def _draw_cell(axes: Any, cell: Cell, *, colour: Any, number: int | None) -> Non
     for char in cell.text:  # one by one: hinted advances would drift from the grid over a long word
         width = _char_columns(char)
         if not char.isspace():
-            axes.text(column + width / 2, cell.row + 0.56, char, va="baseline", **style)
+            axes.text(column + width / 2, cell.row + 0.53, char, va="baseline", **style)
         column += width
     if number is not None:
         fitting_pt = cell.width * 72 * _CHAR_INCHES / (0.68 * len(str(number)))
-        place, size = (cell.column + cell.width / 2, cell.row + 0.79), min(_NUMBER_PT, fitting_pt)
+        place, size = (cell.column + cell.width / 2, cell.row + 0.81), min(_NUMBER_PT, fitting_pt)
         axes.text(*place, str(number), fontsize=size, color=_INK, alpha=0.8, ha="center", va="center")
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from raydist.models.config import DecoderConfig
 from raydist.models.mask_spec import CachedMask, MaskPart, MaskSpec
@@ -36,13 +37,14 @@ class AttentionKernel(Protocol):
         """Mixed values ``[B, Q, H, h]``; the softmax scale is ``1 / sqrt(h)``."""
 
 
-class PartsKernel:
+class PartsKernel(AttentionKernel):
     """Scaled-dot-product attention, one rectangle of the mask at a time."""
 
     def __init__(self, parts: list[MaskPart]) -> None:
         self.parts = parts
 
-    def __call__(self, queries_BHQh: Tensor, keys_BGKh: Tensor, values_BGKh: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def __call__(self, queries_BHQh: Tensor, keys_BGKh: Tensor, values_BGKh: Tensor) -> Tensor:
         outputs = [
             F.scaled_dot_product_attention(
                 queries_BHQh[:, :, part.queries],
@@ -57,13 +59,14 @@ class PartsKernel:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
-class FlexKernel:
+class FlexKernel(AttentionKernel):
     """FlexAttention: compiled on CUDA; on CPU eager and forward only."""
 
     def __init__(self, block_mask: Any) -> None:
         self.block_mask = block_mask
 
-    def __call__(self, queries_BHQh: Tensor, keys_BGKh: Tensor, values_BGKh: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def __call__(self, queries_BHQh: Tensor, keys_BGKh: Tensor, values_BGKh: Tensor) -> Tensor:
         flex = _flex_attention(queries_BHQh.device.type)
         gqa = keys_BGKh.shape[1] != queries_BHQh.shape[1]
         mixed_BHQh = flex(queries_BHQh, keys_BGKh, values_BGKh, block_mask=self.block_mask, enable_gqa=gqa)

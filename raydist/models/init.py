@@ -5,8 +5,11 @@ construction agree bit for bit.
 
 The law is torchtitan's. Llama: query, key, value and gate have standard deviation 0.02; output, up and down
 ``0.02 / sqrt(2 (layer + 1))``; the embedding 1; the head ``D ** -0.5``, so that logits start near zero and the loss
-near ``ln V``; a tied table follows the head's law for the same reason. Qwen-3: 0.02 everywhere. Norms are 1. Llama's
-matrices are cut at three standard deviations.
+near ``ln V``; all of Llama's but the embedding are cut at three standard deviations. Qwen-3: 0.02 everywhere. Norms
+are 1.
+
+A tied table has 0.02 in both families. The residual stream is at first mostly the token's own embedding, so with the
+head's law a token would predict itself with a logit of ``sqrt(D)``.
 """
 
 from __future__ import annotations
@@ -53,11 +56,11 @@ def initialize(decoder: Decoder, seed: int) -> None:
 
 def _law(name: str, config: DecoderConfig) -> tuple[float, bool]:
     """``(standard deviation, whether the tails are cut)`` of a matrix."""
-    if config.family == "qwen3":
+    if config.family == "qwen3" or (name == "embedding.weight" and config.tied_embeddings):
         return 0.02, False
-    if name == "embedding.weight" and not config.tied_embeddings:
+    if name == "embedding.weight":
         return 1.0, False
-    if name in ("embedding.weight", "head.weight"):
+    if name == "head.weight":
         return config.width**-0.5, True
     if name.endswith(_DEPTH_SCALED):
         layer = int(name.split(".")[1])

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -142,22 +143,28 @@ class CausalMask(MaskSpec):
     documents_BL: Tensor | None = None
 
     @property
-    def num_rows(self) -> int:  # noqa: D102
+    @override
+    def num_rows(self) -> int:
         return 1 if self.documents_BL is None else self.documents_BL.shape[0]
 
     @property
-    def num_queries(self) -> int:  # noqa: D102
+    @override
+    def num_queries(self) -> int:
         return self.length
 
-    def allowed(self, row: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def allowed(self, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & _same_document(self.documents_BL, row, query, key)
 
-    def num_allowed_pairs(self) -> int:  # noqa: D102
+    @override
+    def num_allowed_pairs(self) -> int:
         return self.length * (self.length + 1) // 2
 
-    def to(self, device: torch.device | str) -> CausalMask:  # noqa: D102
+    @override
+    def to(self, device: torch.device | str) -> CausalMask:
         return CausalMask(length=self.length, documents_BL=_moved(self.documents_BL, device))
 
+    @override
     def _pieces(self) -> list[tuple[slice, tuple[slice, ...], bool]]:
         return _causal_pieces(self.length, one_document=self.documents_BL is None)
 
@@ -182,14 +189,17 @@ class SetBlockMask(MaskSpec):
     documents_BL: Tensor | None = None
 
     @property
-    def num_rows(self) -> int:  # noqa: D102
+    @override
+    def num_rows(self) -> int:
         return 1 if self.documents_BL is None else self.documents_BL.shape[0]
 
     @property
-    def num_queries(self) -> int:  # noqa: D102
+    @override
+    def num_queries(self) -> int:
         return 2 * self.length
 
-    def allowed(self, row: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def allowed(self, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
         clean_query, clean_key = query < self.length, key < self.length
         i, j = query % self.length, key % self.length
         block_i, block_j = i // self.block_size, j // self.block_size
@@ -205,11 +215,13 @@ class SetBlockMask(MaskSpec):
         earlier = k * (k * num_full * (num_full - 1) // 2 + rest * num_full)
         return self.length * (self.length + 1) // 2 + inside + earlier
 
-    def to(self, device: torch.device | str) -> SetBlockMask:  # noqa: D102
+    @override
+    def to(self, device: torch.device | str) -> SetBlockMask:
         return SetBlockMask(
             length=self.length, block_size=self.block_size, documents_BL=_moved(self.documents_BL, device)
         )
 
+    @override
     def _pieces(self) -> list[tuple[slice, tuple[slice, ...], bool]]:
         step = max(self.block_size, _QUERIES_PER_PART // self.block_size * self.block_size)
         pieces = _causal_pieces(self.length, one_document=self.documents_BL is None)
@@ -241,18 +253,22 @@ class CachedMask(MaskSpec):
     num_block: int = 0
 
     @property
-    def num_rows(self) -> int:  # noqa: D102
+    @override
+    def num_rows(self) -> int:
         return self.cache_lengths_B.shape[0]
 
     @property
-    def num_queries(self) -> int:  # noqa: D102
+    @override
+    def num_queries(self) -> int:
         return self.num_causal + self.num_block
 
     @property
-    def num_keys(self) -> int:  # noqa: D102
+    @override
+    def num_keys(self) -> int:
         return self.cache_width + self.num_queries
 
-    def allowed(self, row: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def allowed(self, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
         cached = (key < self.cache_width) & (key < self.cache_lengths_B[row])
         new = (key >= self.cache_width) & ((query >= self.num_causal) | (key - self.cache_width <= query))
         return cached | new
@@ -262,7 +278,8 @@ class CachedMask(MaskSpec):
         new_pairs = self.num_causal * (self.num_causal + 1) // 2 + self.num_block * self.num_queries
         return self.num_queries * self.cache_width + new_pairs
 
-    def to(self, device: torch.device | str) -> CachedMask:  # noqa: D102
+    @override
+    def to(self, device: torch.device | str) -> CachedMask:
         return CachedMask(
             cache_lengths_B=self.cache_lengths_B.to(device),
             cache_width=self.cache_width,

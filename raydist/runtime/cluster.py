@@ -12,7 +12,6 @@ from raydist.core.log import quiet_libraries
 
 # Read by Ray in this process and handed on to its controller and workers; a user's own values win.
 _RAY_ENV = {
-    "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",

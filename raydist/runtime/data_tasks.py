@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ _TASKS_PER_CPU = 2
 
 
 def ray_map(
-    function: Callable[[Task], Result], tasks: Sequence[Task], *, max_in_flight: int | None = None
+    function: Callable[[Task], Result], tasks: Iterable[Task], *, max_in_flight: int | None = None
 ) -> Iterator[Result]:
     """Results of ``function`` over tasks, in order of completion, with a bound on what is submitted at once.
 

@@ -28,6 +28,7 @@ class Generation:
 
     @property
     def tokens_per_forward(self) -> float:
+        """What a forward yielded on average; 1 for autoregressive decoding."""
         return len(self.tokens) / max(1, self.num_forwards)
 
 

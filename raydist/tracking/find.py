@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -70,18 +71,23 @@ def list_runs(uri: str, *, experiment: str | None = None) -> list[TrackedRun]:
         return [_tracked(run, uri, experiments.get(run.info.experiment_id, "")) for run in runs]
 
 
-def find_run(name_or_id: str, *, uri: str | None = None, experiment: str | None = None) -> TrackedRun:
+def find_run(
+    name_or_id: str, *, uri: str | None = None, experiment: str | None = None, output_dir: str | None = None
+) -> TrackedRun:
     """One run.
 
     Args:
-        name_or_id: an MLflow run id, a run's name (the newest of several), or a run directory.
-        uri: the server; for a run directory its own record says it.
+        name_or_id: a run directory, a name of one in ``output_dir``, an MLflow run id, or a run's name, which is looked
+            for among the newest 1000 and means the newest of several.
+        uri: the server; a run directory's own record says it.
         experiment: where to look for names; None for all.
+        output_dir: where run directories are.
 
     Raises:
         TrackingError: there is none, with the nearest names; or the server is away.
     """
-    record = _record_of(name_or_id)
+    places = [name_or_id, *([storage.join(output_dir, name_or_id)] if output_dir else [])]
+    record = next((record for record in map(_record_of, places) if record is not None), None)
     if record is not None:
         if record.run_id is None:
             raise TrackingError(
@@ -94,9 +100,11 @@ def find_run(name_or_id: str, *, uri: str | None = None, experiment: str | None 
         raise TrackingError(
             "no run directory, and no MLflow to look in", found=name_or_id, expected=f"a folder with {RUN_RECORD}"
         )
+    if re.fullmatch("[0-9a-f]{32}", name_or_id):
+        return _by_id(name_or_id, uri)
     runs = list_runs(uri, experiment=experiment)
     for run in runs:
-        if name_or_id in (run.run_id, run.name):
+        if name_or_id == run.name:
             return run
     names = list(dict.fromkeys(run.name for run in runs))
     near = difflib.get_close_matches(name_or_id, names, n=_MAX_NAMES_SHOWN, cutoff=0.3) or names[:_MAX_NAMES_SHOWN]

@@ -171,6 +171,7 @@ def metric_key(name: str) -> str:
 def spool_artifact(files: RunFiles, path: str, *, folder: str) -> None:
     """Notes an artifact for the mirror to send."""
     line = json.dumps({"path": storage.normalize(path), "folder": folder})
+    os.makedirs(files.folder, exist_ok=True)
     with open(files.path(ARTIFACT_SPOOL), "a", encoding="utf-8") as stream:
         stream.write(line + "\n")
 

@@ -102,8 +102,9 @@ class RunHandle:
 
     def log_artifact(self, path: str, *, folder: str = "") -> None:
         """Adds a file or folder to the run; it is uploaded now if the server is there, else by the next sync."""
-        spool_artifact(self._files, path, folder=folder)
-        self._deliver()
+        if self.record is not None:
+            spool_artifact(self._files, path, folder=folder)
+            self._deliver()
 
     def finish(self, status: EndStatus) -> bool:
         """Ends the run with all that workers left unsent; False if MLflow has to be synced later.

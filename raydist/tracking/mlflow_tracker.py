@@ -16,7 +16,7 @@ from raydist.tracking.run_files import RUN_RECORD, RunFiles
 from raydist.tracking.server import short_reason
 from raydist.tracking.system import SystemSampler
 
-_POLL_S = 1.0
+_POLL_S = 2.0
 _PUBLISH_S = 60.0
 _LONGEST_WAIT_S = 60.0
 _log = get_logger(__name__)
@@ -50,8 +50,8 @@ class RunTracker:
         self._jsonl = jsonl.JsonlTracker(files.path(jsonl.FILE_NAME), attempt=attempt)
         self._sampler = sampler
         self._disk_failed = False
-        mirrored = os.path.exists(files.path(RUN_RECORD))
-        mirror = Mirror(files, tags={"raydist.attempt": str(self._jsonl.attempt)}) if mirrored else None
+        self._mirrored = os.path.exists(files.path(RUN_RECORD))
+        mirror = Mirror(files, tags={"raydist.attempt": str(self._jsonl.attempt)}) if self._mirrored else None
         self._sender = Sender(files, mirror)
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
@@ -65,8 +65,9 @@ class RunTracker:
             self._disk_failed = True
 
     def log_artifact(self, path: str, *, folder: str = "") -> None:
-        """Notes a file or folder for the thread to upload."""
-        spool_artifact(self._files, path, folder=folder)
+        """Notes a file or folder for the thread to upload; without an MLflow run it just stays where it is."""
+        if self._mirrored:
+            spool_artifact(self._files, path, folder=folder)
 
     def flush(self, *, timeout_s: float = 30.0) -> bool:
         """Waits until MLflow has all that was logged; False if it had not in time, or is away."""

@@ -37,7 +37,6 @@ class RunFiles:
             self._fetch()
         else:
             self.folder = self.run_dir
-        os.makedirs(self.folder, exist_ok=True)
 
     def path(self, name: str) -> str:
         """The local path of one of the files."""

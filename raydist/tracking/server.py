@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -40,6 +41,17 @@ _REFUSALS = (
     "RESOURCE_ALREADY_EXISTS",
     "RESOURCE_DOES_NOT_EXIST",
     "UNAUTHENTICATED",
+)
+_DISK_ERRORS = (
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENOENT,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
 )
 
 _Item = TypeVar("_Item")
@@ -116,6 +128,8 @@ def explained(uri: str) -> Iterator[None]:
         raise
     except Exception as error:  # MLflow lets errors of requests, sqlalchemy and the operating system through
         reason = short_reason(error)
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            raise TrackingError("a file cannot be read or written", where=error.filename, found=reason) from error
         if is_refusal(error):
             raise TrackingError("the MLflow server refuses", where=uri, found=reason) from error
         raise TrackingError(

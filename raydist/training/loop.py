@@ -17,7 +17,7 @@ from raydist.training.hooks import Hook
 from raydist.training.lr import learning_rate_factor
 from raydist.training.meters import Meters
 from raydist.training.setup import Assembly
-from raydist.training.step import NonFiniteGuard, evaluate_batch, train_step
+from raydist.training.step import NonFiniteGuard, evaluate, train_step
 
 
 @dataclass
@@ -145,11 +145,9 @@ class TrainLoop:
         """Loss on the same rows with the same noise each time, whatever the world size."""
         if self.parts.validation is None:
             return {}
-        meters = Meters()
-        for batch_index in range(self.config.training.validation_batches):
-            batch = self.parts.validation.batch(batch_index)
-            evaluate_batch(self.parts.model, self.parts.objective, batch, device=self.workers.device, meters=meters)
-        return {f"validation/{name}": value for name, value in meters.read().items()}
+        batches = [self.parts.validation.batch(index) for index in range(self.config.training.validation_batches)]
+        metrics = evaluate(self.parts.model, self.parts.objective, batches, device=self.workers.device)
+        return {f"validation/{name}": value for name, value in metrics.items()}
 
     def _log(self, done: int, metrics: Mapping[str, float]) -> None:
         if self.tracker is not None:

@@ -14,7 +14,7 @@ from raydist.models.presets import PRESETS
 from raydist.training.data import TrainingData
 
 _VOCAB_MULTIPLE = 64
-_MAX_ADDED_TOKENS = 256
+_MAX_ADDED_TOKENS = 16
 _PROBE = "def f(x):\n    return 'naïve 日本' + str(x)  # 1234\n"
 
 

@@ -1,12 +1,12 @@
 """The directory of a run: what lies where, who may use a name, and which attempt this is.
 
-    <output_dir>/<name>/
-        config.yaml        the resolved configuration
-        run.json           name, configuration hash, recipe
-        metrics.jsonl      every metric that was logged, the source of truth
-        checkpoints/       training state (raydist.checkpoint)
-        export/            the trained model as a Hugging Face directory
-        pictures/          loss curves and other PNGs
+<output_dir>/<name>/
+    config.yaml        the resolved configuration
+    run.json           name, configuration hash, recipe
+    metrics.jsonl      every metric that was logged, the source of truth
+    checkpoints/       training state (raydist.checkpoint)
+    export/            the trained model as a Hugging Face directory
+    pictures/          loss curves and other PNGs
 """
 
 from __future__ import annotations

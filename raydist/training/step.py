@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,13 +97,20 @@ def train_step(
 
 
 @torch.no_grad()
-def evaluate_batch(
-    model: nn.Module, objective: Objective, batch: StepBatch, *, device: torch.device, meters: Meters
-) -> None:
-    """Adds the loss and metrics of a batch to the meters, without gradients."""
-    denominators = global_counts(batch.counts, device)
-    for microbatch in batch.microbatches:
-        on_device = microbatch.to(device)
-        loss_terms = objective.combine(model(**on_device.inputs, terms=on_device.terms))
-        add_to_meters(meters, share_of_loss(loss_terms, denominators), loss_terms.metrics)
+def evaluate(
+    model: nn.Module, objective: Objective, batches: Sequence[StepBatch], *, device: torch.device
+) -> dict[str, float]:
+    """Loss and metrics over all batches together, as if they were one. A collective; changes nothing."""
+    counts: dict[str, float] = {}
+    for batch in batches:
+        for name, count in batch.counts.items():
+            counts[name] = counts.get(name, 0.0) + count
+    denominators = global_counts(counts, device)
+    meters = Meters()
+    for batch in batches:
+        for microbatch in batch.microbatches:
+            on_device = microbatch.to(device)
+            loss_terms = objective.combine(model(**on_device.inputs, terms=on_device.terms))
+            add_to_meters(meters, share_of_loss(loss_terms, denominators), loss_terms.metrics)
     meters.end_step()
+    return meters.read()

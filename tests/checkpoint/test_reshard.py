@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from raydist.checkpoint import store
+from raydist.checkpoint.checkpointer import Checkpointer
 from raydist.checkpoint.layout import newest_complete
 from raydist.core.dist import Workers
 from raydist.core.errors import CheckpointError
-from tests.checkpoint.cases import checkpointer_of_one, load_as, make, save_as
+from tests.checkpoint.cases import load_as, make, save_as
 from tests.fsdp_utils.workers import run_alone, run_workers
 
 
@@ -20,13 +22,8 @@ def _two_workers(workers: Workers, folder: str) -> None:
 
 
 def _failure_is_seen_by_all(workers: Workers, folder: str) -> None:
-    """Worker 1 cannot write: rank 0 learns it from the done file, no marker appears, and both raise at the next call."""
+    """Worker 1 cannot write: rank 0 reads so in its done file, no marker appears, and both raise at the next call."""
     model, optimizer = make(workers)
-    with checkpointer_of_one(f"{folder}/failing"):
-        pass
-    from raydist.checkpoint import store
-    from raydist.checkpoint.checkpointer import Checkpointer
-
     checkpointer = Checkpointer(f"{folder}/failing", keep=2, workers=workers)
     healthy = store.write_shard
     if workers.rank == 1:

@@ -46,6 +46,10 @@ def test_layers_later_wins(tmp_path: Path, recipe_path: str) -> None:
     assert recipe.config.name == f"mine-{recipe.config_hash[:8]}"
 
 
+def test_a_run_name_is_no_choice(recipe_path: str) -> None:
+    assert load_recipe(recipe_path, ["name=other"]).config.objective.block_size_max == 8
+
+
 def test_a_base_in_the_folder_above_counts(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("seed: 11\n")
     (tmp_path / "below").mkdir()
@@ -136,7 +140,8 @@ def test_resolved_round_trip(tmp_path: Path, recipe_path: str) -> None:
 def test_the_hash_sees_what_is_computed_and_nothing_else(recipe_path: str) -> None:
     base = load_recipe(recipe_path)
     same = load_recipe(
-        recipe_path, ["scaling.num_workers=2", "output_dir=elsewhere", "checkpoint.keep=9", "training.microbatch_rows=1"]
+        recipe_path,
+        ["scaling.num_workers=2", "output_dir=elsewhere", "checkpoint.keep=9", "training.microbatch_rows=1"],
     )
     assert same.config_hash == base.config_hash
     assert changed_identity_keys(base.config, same.config) == []

@@ -7,7 +7,11 @@ from raydist.core import errors
 
 def test_one_screen_with_every_part() -> None:
     error = errors.DataError(
-        "a shard is damaged", where="train/shard-00001.arrow.zst", found="sha256 ab", expected="sha256 cd", fix="one\ntwo"
+        "a shard is damaged",
+        where="train/shard-00001.arrow.zst",
+        found="sha256 ab",
+        expected="sha256 cd",
+        fix="one\ntwo",
     )
     assert str(error).splitlines() == [
         "DataError: a shard is damaged",

@@ -59,7 +59,9 @@ def test_uniform_is_uniform() -> None:
     counts = torch.histc(draws, bins=20, min=0, max=1)
     expected = draws.numel() / 20
     chi_square = float(((counts - expected) ** 2 / expected).sum())
-    assert chi_square < 45.3  # the 0.9994 quantile at 19 degrees of freedom; the draws are fixed, so this never flickers
+    assert (
+        chi_square < 45.3
+    )  # the 0.9994 quantile at 19 degrees of freedom; the draws are fixed, so this never flickers
 
 
 def test_integers_cover_the_closed_range_evenly() -> None:

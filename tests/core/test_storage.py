@@ -64,7 +64,10 @@ def test_names_from_outside_stay_inside(name: str) -> None:
 
 
 def test_good_names_pass() -> None:
-    assert storage.safe_name("export/model-00001-of-00002.safetensors", where="x") == "export/model-00001-of-00002.safetensors"
+    assert (
+        storage.safe_name("export/model-00001-of-00002.safetensors", where="x")
+        == "export/model-00001-of-00002.safetensors"
+    )
 
 
 def test_normalize() -> None:

@@ -25,7 +25,7 @@ NUM_ROWS = 8
 
 
 def tiny_config(*, tied: bool, family: str = "llama") -> DecoderConfig:
-    """37 tokens and 3 query heads of 4: no dimension but the width divides by 2; the head norm has fewer rows than some."""
+    """Odd numbers of tokens, heads and hidden channels, which 2 workers do not divide."""
     return DecoderConfig(
         family=family,
         vocab_size=37,

@@ -1,7 +1,14 @@
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from raydist.core.dist import process_group
+from raydist.fsdp_utils.apply import reshard
+from raydist.fsdp_utils.materialize import materialize
+from raydist.fsdp_utils.mesh import make_mesh
 from raydist.models.decoder import Decoder
 from raydist.models.init import initialize
 from tests.fsdp_utils.cases import CASES, NUM_ROWS, SEED, Case, backward_of_rows, read, tiny_config
@@ -33,3 +40,35 @@ def test_bf16_policy_computes_in_bf16_and_keeps_float32_gradients(computed: dict
     rounded = read(computed[1], by_name["bf16"], "gradients")
     assert all(gradient.dtype == torch.float32 for gradient in rounded.values())
     assert any(not torch.allclose(rounded[name], exact[name], rtol=1e-4) for name in exact)
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_each_block_is_compiled_with_and_without_recompute(monkeypatch: pytest.MonkeyPatch, recompute: str) -> None:
+    num_operations = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        num_operations.append(
+            sum(node.op.startswith("call") for module in graph.modules() for node in module.graph.nodes)
+        )
+        return graph.forward
+
+    compile_with = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compile_with(module, backend=backend))
+    torch.compiler.reset()
+    case = CASES[0]
+    with process_group() as workers:
+        decoder = materialize(
+            tiny_config(tied=True),
+            mesh=make_mesh(workers),
+            device=workers.device,
+            seed=SEED,
+            recompute=recompute,
+            compile=True,
+        )
+        backward_of_rows(decoder, rows=slice(0, NUM_ROWS))
+        reshard(decoder)
+        found = {name: parameter.grad.full_tensor() for name, parameter in decoder.named_parameters()}
+    assert max(num_operations) > 20
+    for name, gradient in _plain_gradients(case).items():
+        if name != "loss":
+            torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7)

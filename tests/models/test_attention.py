@@ -119,7 +119,7 @@ def test_qk_norm_forgets_the_scale_of_the_query_projection():
 
 
 def test_rotary_layouts_agree_under_the_row_permutation():
-    """Adjacent-pair rotation (Llama's own checkpoints) equals ours with each head's rows ordered 0, 2, 4, ..., 1, 3, 5, ..."""
+    """Rotating adjacent pairs equals ours with the rows of a head in the order 0, 2, ..., 1, 3."""
     config = CONFIGS["llama3"]
     attention = Attention(config, layer=0)
     generator = torch.Generator().manual_seed(0)

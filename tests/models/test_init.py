@@ -47,7 +47,7 @@ def test_initialize_fills_every_parameter_and_leaves_the_global_generator_alone(
         ("llama3.1-8b", "blocks.7.feed_forward.down.weight", 0.02 / 4, True),
         ("llama3.1-8b", "embedding.weight", 1.0, False),
         ("llama3.1-8b", "head.weight", 1 / 64, True),
-        ("llama3.2-1b", "embedding.weight", 2048**-0.5, True),
+        ("llama3.2-1b", "embedding.weight", 0.02, False),
         ("qwen3-8b", "embedding.weight", 0.02, False),
         ("qwen3-8b", "blocks.7.feed_forward.down.weight", 0.02, False),
     ],

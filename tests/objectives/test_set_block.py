@@ -128,15 +128,22 @@ def test_03_training_and_decoding_see_the_same(block_size):
         torch.testing.assert_close(trained[:, start:stop], cached, rtol=1e-10, atol=1e-10)
 
 
-def test_04_mask_probability_zero_and_one():
-    class FixedEta(RowRng):
-        def uniform(self, purpose, num_positions):
-            draws = super().uniform(purpose, num_positions)
-            return torch.full_like(draws, eta) if purpose == "set_block/eta" else draws
+class NeverMasks(RowRng):
+    eta = 0.0
 
+    def uniform(self, purpose, num_positions):
+        draws = super().uniform(purpose, num_positions)
+        return torch.full_like(draws, self.eta) if purpose == "set_block/eta" else draws
+
+
+class AlwaysMasks(NeverMasks):
+    eta = 1.0
+
+
+def test_04_mask_probability_zero_and_one():
     rows, objective = random_rows(4), objective_of(block_size=4)
-    for eta, num_masked in ((0.0, 0), (1.0, 4 * LENGTH)):
-        noised = objective.corrupt(rows, FixedEta(0, rows.step, rows.epochs_B, rows.rows_B))
+    for kind, num_masked in ((NeverMasks, 0), (AlwaysMasks, 4 * LENGTH)):
+        noised = objective.corrupt(rows, kind(0, rows.step, rows.epochs_B, rows.rows_B))
         _, matp = objective.terms(noised)
         assert matp.targets_T.numel() == num_masked
         assert noised.counts["targets"] == 4 * LENGTH + num_masked

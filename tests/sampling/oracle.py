@@ -49,8 +49,8 @@ def divergence(p, q):
 def sampler_law(law, *, gamma, proxy="entropy"):
     """Enumerates the entropy-bounded sampler that reads the exact conditionals.
 
-    Returns its output law, the expected number of steps, the largest total correlation of a revealed set, and the expected
-    sum of those total correlations under the true law.
+    Returns its output law, the expected number of steps, the largest total correlation of a revealed set, and the
+    expected sum of those total correlations under the true law.
     """
     output, stats = torch.zeros_like(law), {"steps": 0.0, "largest": 0.0, "errors": 0.0}
 
@@ -81,9 +81,9 @@ def sampler_law(law, *, gamma, proxy="entropy"):
 class OracleDecoder(nn.Module):
     """Speaks the decoder's inference interface and answers from a joint law of the text after a one-token prompt.
 
-    Text position i + 1 holds variable i. A mask token is answered with the law of its own variable, any other token with
-    that of the next one, given the tokens that the attention mask shows it. Tokens and positions travel through the cache
-    as if they were keys and values.
+    Text position i + 1 holds variable i. A mask token is answered with the law of its own variable, any other token
+    with that of the next one, given the tokens that the attention mask shows it. Tokens and positions travel through
+    the cache as if they were keys and values.
     """
 
     def __init__(self, law):

@@ -1,5 +1,5 @@
-"""Set Block Decoding. Numbers in test names are those of the invariants of arXiv 2509.04185 in our reference sheet; those with
-an EB prefix are of arXiv 2505.24857.
+"""Set Block Decoding. Numbers in test names are those of the invariants of arXiv 2509.04185 in our reference sheet;
+those with an EB prefix are of arXiv 2505.24857.
 """
 
 import math
@@ -35,7 +35,7 @@ def sampler_of(*, stop_ids=(), mask_id=MASK_ID, seed=0, **fields):
 
 
 def uncached_greedy(decoder, prompt, *, block_size, gamma, max_new_tokens, proxy="entropy"):
-    """The algorithm without a cache, for one prompt: every forward encodes the whole text. Tokens and their forwards."""
+    """The algorithm for one prompt and without a cache. Returns the tokens and the forwards that revealed them."""
     text, revealed_at, forward = list(prompt), [], 1
     while len(text) < len(prompt) + max_new_tokens:
         size = min(block_size, len(prompt) + max_new_tokens - len(text))
@@ -124,7 +124,7 @@ def test_05_cache_equals_a_fresh_causal_prefill():
 
 
 def test_06_forward_widths_are_those_of_the_algorithm():
-    """Prompt; k masks; then 2k for the first forward of a later block and k for the others; the last block is ragged."""
+    """Prompt; k masks; then 2k for the first forward of a later block and k for the others; the last is ragged."""
     decoder = Recorder(tiny_decoder())
     (generation,) = sampler_of(block_size=4, gamma=0.0).generate(decoder, [[1, 2, 3]], max_new_tokens=10)
     assert decoder.widths == [3, 4, 4, 4, 4, 8, 4, 4, 4, 6, 2]

@@ -1,5 +1,6 @@
-"""The entropy-bounded rule. Numbers in test names are those of the invariants of arXiv 2505.24857 in our reference sheet."""
+"""The entropy-bounded rule. Numbers in test names are those of the invariants of arXiv 2505.24857 in our sheet."""
 
+import itertools
 import math
 
 import pytest
@@ -69,7 +70,7 @@ def test_02_gamma_infinity_reveals_everything(proxy):
 def test_03_larger_gamma_reveals_a_superset(seed, gammas, proxy):
     logits, masked = random_logits((1, 8, 6), seed=seed), torch.ones(1, 8, dtype=torch.bool)
     sets = [entropy_bounded_reveal(logits, masked_Bk=masked, gamma=g, proxy=proxy) for g in sorted(gammas)]
-    for smaller, larger in zip(sets, sets[1:], strict=False):
+    for smaller, larger in itertools.pairwise(sets):
         assert not (smaller & ~larger).any()
 
 

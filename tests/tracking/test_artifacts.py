@@ -21,17 +21,10 @@ from tests.tracking.helpers import MlflowServer, make_config
 FILES = {"config.json": b"{}", "model.safetensors": b"w" * 5000, "tokenizer/vocab.txt": b"a\nb\n"}
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Making the tables of a database takes longer than a test; they share one."""
-    return tmp_path_factory.mktemp("tracked")
-
-
 @pytest.fixture
-def run(tmp_path: Path, database: Path) -> TrackedRun:
-    config = make_config(tmp_path, mlflow_uri=f"sqlite:///{database}/mlflow.db")
-    start_run(config, run_dir=str(tmp_path / "small"))
-    return find_run(str(tmp_path / "small"))
+def run(output_dir: Path) -> TrackedRun:
+    start_run(make_config(output_dir), run_dir=str(output_dir / "small"))
+    return find_run(str(output_dir / "small"))
 
 
 @pytest.fixture

@@ -51,11 +51,11 @@ def log(run_dir: Path, steps: range, *, attempt: int | None = None, keys: tuple[
     tracker.close()
 
 
-def test_one_run_for_all_attempts_and_no_step_twice(tmp_path: Path, sent: Counter[tuple[str, int]]) -> None:
-    run_dir = tmp_path / "small"
+def test_one_run_for_all_attempts_and_no_step_twice(output_dir: Path, sent: Counter[tuple[str, int]]) -> None:
+    run_dir = output_dir / "small"
     ids = set()
     for steps in (range(1, 11), range(7, 14), range(10, 21)):
-        handle = start_run(make_config(tmp_path), run_dir=str(run_dir))
+        handle = start_run(make_config(output_dir), run_dir=str(run_dir))
         tracker = open_tracker(str(run_dir), system_metrics=False)
         for step in steps:
             tracker.log_metrics({"loss": step / 2}, step=step)
@@ -71,9 +71,9 @@ def test_one_run_for_all_attempts_and_no_step_twice(tmp_path: Path, sent: Counte
 
 
 @pytest.mark.parametrize("lost", ["stale", "absent", "damaged"])
-def test_a_crash_between_sending_and_recording(tmp_path: Path, sent: Counter[tuple[str, int]], lost: str) -> None:
-    run_dir = tmp_path / "small"
-    start_run(make_config(tmp_path), run_dir=str(run_dir))
+def test_a_crash_between_sending_and_recording(output_dir: Path, sent: Counter[tuple[str, int]], lost: str) -> None:
+    run_dir = output_dir / "small"
+    start_run(make_config(output_dir), run_dir=str(run_dir))
     record = run_dir / SENT_RECORD
     log(run_dir, range(1, 6))
     sync_run(str(run_dir))
@@ -90,22 +90,22 @@ def test_a_crash_between_sending_and_recording(tmp_path: Path, sent: Counter[tup
     assert sent == Counter({("loss", step): 1 for step in range(1, 13)})
 
 
-def test_a_run_whose_creation_was_not_recorded_is_found_again(tmp_path: Path) -> None:
-    run_dir = tmp_path / "small"
-    first = start_run(make_config(tmp_path), run_dir=str(run_dir), datasets=[DatasetInput("text", "d", "a" * 64)])
+def test_a_run_whose_creation_was_not_recorded_is_found_again(output_dir: Path) -> None:
+    run_dir = output_dir / "small"
+    first = start_run(make_config(output_dir), run_dir=str(run_dir), datasets=[DatasetInput("text", "d", "a" * 64)])
     record = load_record(str(run_dir / RUN_RECORD))
     assert record is not None
     path = run_dir / RUN_RECORD
     run_id = first.run_id
     path.write_text(path.read_text().replace(f'"{run_id}"', "null"))
     (run_dir / SENT_RECORD).unlink()
-    assert start_run(make_config(tmp_path), run_dir=str(run_dir)).run_id == run_id
+    assert start_run(make_config(output_dir), run_dir=str(run_dir)).run_id == run_id
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 3)), min_size=1, max_size=6))
 def test_any_sizes_of_records_and_batches(
-    tmp_path: Path,
+    output_dir: Path,
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
     plan: list[tuple[int, int]],
@@ -114,8 +114,7 @@ def test_any_sizes_of_records_and_batches(
     from raydist.tracking import mirror as module
 
     run_dir = tmp_path_factory.mktemp("run")
-    (tmp_path / "shared").mkdir(exist_ok=True)
-    config = make_config(tmp_path / "shared")
+    config = make_config(output_dir)
     monkeypatch.setattr(module, "_METRICS_PER_CALL", 7)
     start_run(config, run_dir=str(run_dir))
     expected: dict[str, list[tuple[int, float]]] = {}
@@ -154,9 +153,9 @@ def test_any_sizes_of_records_and_batches(
         assert history(uri, run_id, key) == points
 
 
-def test_non_finite_values_odd_names_and_a_torn_tail(tmp_path: Path) -> None:
-    run_dir = tmp_path / "small"
-    handle = start_run(make_config(tmp_path), run_dir=str(run_dir))
+def test_non_finite_values_odd_names_and_a_torn_tail(output_dir: Path) -> None:
+    run_dir = output_dir / "small"
+    handle = start_run(make_config(output_dir), run_dir=str(run_dir))
     tracker = jsonl.JsonlTracker(str(run_dir / jsonl.FILE_NAME))
     tracker.log_metrics({"nan": math.nan, "inf": -math.inf, "bad name %": 1.0, "k" * 400: 2.0}, step=1)
     tracker.close()
@@ -171,12 +170,12 @@ def test_non_finite_values_odd_names_and_a_torn_tail(tmp_path: Path) -> None:
     assert handle.run_id == find_run(str(run_dir)).run_id
 
 
-def test_the_run_carries_config_lineage_and_datasets(tmp_path: Path) -> None:
-    run_dir = tmp_path / "small"
+def test_the_run_carries_config_lineage_and_datasets(output_dir: Path) -> None:
+    run_dir = output_dir / "small"
     run_dir.mkdir()
     (run_dir / "config.yaml").write_text("seed: 0\n")
     dataset = DatasetInput("text", "s3://bucket/text", "ab" * 32)
-    config = make_config(tmp_path, tags={"team": "blue"})
+    config = make_config(output_dir, tags={"team": "blue"})
     handle = start_run(config, run_dir=str(run_dir), datasets=[dataset], tags={"sweep": "s1"})
     run = find_run(str(run_dir))
     assert run.params["training.optimizer.learning_rate"] == "0.001"
@@ -211,6 +210,8 @@ def test_off_means_off(tmp_path: Path) -> None:
     handle = start_run(make_config(tmp_path, mlflow_uri="none"), run_dir=str(tmp_path / "small"))
     tracker = open_tracker(str(tmp_path / "small"))
     tracker.log_metrics({"loss": 1.0}, step=1)
+    for logged in (tracker, handle):
+        logged.log_artifact(str(tmp_path))
     assert tracker.flush()
     tracker.close()
     assert handle.finish("FINISHED")
@@ -220,11 +221,13 @@ def test_off_means_off(tmp_path: Path) -> None:
         sync_run(str(tmp_path / "small"))
 
 
-def test_a_run_directory_in_a_bucket_goes_on_from_another_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_dir = f"memory://bucket-{tmp_path.name}/small"
-    config = make_config(tmp_path, mlflow_uri=f"sqlite:///{tmp_path}/mlflow.db")
+def test_a_run_directory_in_a_bucket_goes_on_from_another_node(
+    output_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = f"memory://bucket-{output_dir.name}/small"
+    config = make_config(output_dir, mlflow_uri=f"sqlite:///{output_dir}/mlflow.db")
     for node, steps in (("one", range(1, 4)), ("two", range(3, 6))):
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / node))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(output_dir / node))
         start_run(config, run_dir=run_dir)
         tracker = open_tracker(run_dir, system_metrics=False)
         for step in steps:
@@ -253,12 +256,12 @@ def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert "pw" not in str(caught.value)
 
 
-def test_a_deleted_experiment_is_refused_at_the_start(tmp_path: Path) -> None:
-    start_run(make_config(tmp_path), run_dir=str(tmp_path / "small"))
-    client = server.connect(f"sqlite:///{tmp_path}/mlflow.db")
+def test_a_deleted_experiment_is_refused_at_the_start(output_dir: Path) -> None:
+    start_run(make_config(output_dir), run_dir=str(output_dir / "small"))
+    client = server.connect(f"sqlite:///{output_dir}/mlflow.db")
     client.delete_experiment(client.get_experiment_by_name("raydist").experiment_id)
     with pytest.raises(TrackingError, match="was deleted"):
-        start_run(make_config(tmp_path), run_dir=str(tmp_path / "other"))
+        start_run(make_config(output_dir), run_dir=str(output_dir / "other"))
 
 
 def test_a_damaged_run_record_says_so(tmp_path: Path) -> None:
@@ -267,15 +270,15 @@ def test_a_damaged_run_record_says_so(tmp_path: Path) -> None:
         sync_run(str(tmp_path))
 
 
-def test_a_vanished_artifact_does_not_hold_up_the_others(tmp_path: Path) -> None:
+def test_a_vanished_artifact_does_not_hold_up_the_others(output_dir: Path) -> None:
     from raydist.tracking.artifacts import list_artifacts
 
-    run_dir = tmp_path / "small"
-    handle = start_run(make_config(tmp_path), run_dir=str(run_dir))
-    (tmp_path / "kept.txt").write_text("kept")
+    run_dir = output_dir / "small"
+    handle = start_run(make_config(output_dir), run_dir=str(run_dir))
+    (output_dir / "kept.txt").write_text("kept")
     tracker = open_tracker(str(run_dir))
-    tracker.log_artifact(str(tmp_path / "gone.txt"))
-    tracker.log_artifact(str(tmp_path / "kept.txt"), folder="pictures")
+    tracker.log_artifact(str(output_dir / "gone.txt"))
+    tracker.log_artifact(str(output_dir / "kept.txt"), folder="pictures")
     assert tracker.flush()
     tracker.close()
     assert handle.finish("KILLED")

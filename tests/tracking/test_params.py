@@ -23,14 +23,14 @@ def test_a_long_value_is_its_hash() -> None:
     assert flat_params({"prompt": text}) == {"prompt": f"sha256:{digest} ({len(text)} characters)"}
 
 
-def test_our_limits_are_what_mlflow_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_limits_are_what_mlflow_takes(output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow.entities import Param
     from mlflow.exceptions import MlflowException
 
     from raydist.tracking.server import connect
 
     monkeypatch.setenv("MLFLOW_TRUNCATE_LONG_VALUES", "false")
-    client = connect(f"sqlite:///{tmp_path}/mlflow.db")
+    client = connect(f"sqlite:///{output_dir}/mlflow.db")
     run_id = client.create_run(client.create_experiment("limits")).info.run_id
     params = flat_params({"k" * 400: "v" * MAX_VALUE_CHARS, "odd key ?%&": "w" * 10_000})
     client.log_batch(run_id, params=[Param(key, value) for key, value in params.items()])

@@ -1,0 +1,207 @@
+"""``raydist sample``: continue prompts with a trained model, by any sampler."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from raydist.cli import sample_report as report
+
+if TYPE_CHECKING:
+    from data_loaders.tokenizer import Tokenizer
+    from raydist.models.decoder import Decoder
+    from raydist.sampling.base import SamplerConfig
+
+HELP = "continue prompts with a trained model, by any sampler"
+
+_COMPARED_GAMMAS = (0.0, 0.35, 0.6)
+_DEFAULT_NEW_TOKENS = 128
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments."""
+    parser.add_argument("model", metavar="RUN|DIR", help="a run's name or directory, or a Hugging Face directory")
+    parser.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="may be repeated; default: the recipe's prompts"
+    )
+    parser.add_argument(
+        "--prompt-file", action="append", metavar="FILE", help="one prompt, the whole file; may be repeated"
+    )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--sampler",
+        nargs="+",
+        metavar=("NAME", "key=value"),
+        help="a name of `raydist list samplers` and its settings; default: the recipe's sampler",
+    )
+    how.add_argument(
+        "--compare",
+        action="store_true",
+        help="autoregressive against set_block at several gammas (or at --gamma), in one table",
+    )
+    parser.add_argument("--gamma", type=float, help="entropy bound of set_block, in nats")
+    parser.add_argument("--block-size", type=int, help="mask tokens per block of set_block")
+    parser.add_argument("--temperature", type=float, help="0 is greedy")
+    parser.add_argument("--max-new-tokens", type=int, help="default: the recipe's, or 128")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling noise (default: %(default)s)")
+    parser.add_argument(
+        "--bos",
+        action=argparse.BooleanOptionalAction,
+        help="begin each prompt with the begin-of-text token (default: for models that raydist did not train)",
+    )
+    parser.add_argument(
+        "--trace", metavar="FILE.png", help="draw which token of the first prompt came in which forward"
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights and cache")
+    parser.add_argument("--output-dir", default="runs", help="where runs are looked up by name (default: %(default)s)")
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A model with what is needed to talk to it."""
+
+    folder: str
+    decoder: Decoder
+    tokenizer: Tokenizer
+    meta: dict[str, Any]
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The recipe's ``sampling`` section; empty for a model that raydist did not train."""
+        return self.meta.get("sampling") or {}
+
+    @property
+    def mask_id(self) -> int | None:
+        return self.meta["token_ids"]["mask"]
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs the verb.
+
+    Raises:
+        ConfigError: no model, no prompt, a prompt too long, an unknown sampler or setting, or no mask id.
+    """
+    configs = _explicit_samplers(args)
+    model = _load(args)
+    texts = _prompt_texts(args, model.defaults)
+    prompts = [_with_bos(model.tokenizer.encode(text), model=model, flag=args.bos) for text in texts]
+    settings: dict[str, Any] = {
+        "stop_ids": model.meta["stop_ids"],
+        "mask_id": model.mask_id,
+        "seed": args.seed,
+    }
+    max_new_tokens = _max_new_tokens(args, model.defaults)
+    if args.compare:
+        from raydist.evaluation.compare import compare_samplers
+
+        results = compare_samplers(model.decoder, prompts, configs=configs, max_new_tokens=max_new_tokens, **settings)
+        report.show_comparison(results, tokenizer=model.tokenizer, prompt=texts[0])
+        traced, config = results[-1].generations[0], results[-1].config
+        result: dict[str, Any] = {"rows": [report.comparison_row(row, tokenizer=model.tokenizer) for row in results]}
+    else:
+        config = configs[0] if configs else _default_sampler(args, model)
+        generations = config.build(**settings).generate(model.decoder, prompts, max_new_tokens=max_new_tokens)
+        report.show(texts, generations, tokenizer=model.tokenizer)
+        traced = generations[0]
+        result = {
+            "sampler": config.model_dump(mode="json"),
+            "generations": [report.generation_row(generation, tokenizer=model.tokenizer) for generation in generations],
+        }
+    if args.trace:
+        report.draw(args.trace, traced, config=config, tokenizer=model.tokenizer, prompt=texts[0])
+    return {"model": model.folder, "prompts": texts, **result, "trace": args.trace}
+
+
+def _load(args: argparse.Namespace) -> _Loaded:
+    import torch
+
+    from data_loaders.tokenizer import Tokenizer
+    from raydist.cli.locate import find_model_dir
+    from raydist.core.errors import ConfigError
+    from raydist.models.hf import load_decoder
+
+    folder = find_model_dir(args.model, output_dir=args.output_dir)
+    tokenizer = Tokenizer.load(folder)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("no CUDA device", where="--device", found=device, fix="use --device cpu")
+    decoder, meta = load_decoder(folder, device=device, dtype=getattr(torch, args.dtype))
+    return _Loaded(folder=folder, decoder=decoder, tokenizer=tokenizer, meta=meta)
+
+
+def _settings(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Those of the sampler flags that were given."""
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
+def _explicit_samplers(args: argparse.Namespace) -> list[SamplerConfig]:
+    """The samplers that the command line names; empty where the model's own default is to be used."""
+    from raydist.config.load import parse_overrides
+    from raydist.config.registries import SAMPLERS
+
+    if args.compare:
+        gammas = _COMPARED_GAMMAS if args.gamma is None else (args.gamma,)
+        block = {"name": "set_block", **_settings(args, "block_size", "temperature")}
+        plain = {"name": "autoregressive", **_settings(args, "temperature")}
+        return [SAMPLERS.parse(plain), *(SAMPLERS.parse({**block, "gamma": gamma}) for gamma in gammas)]
+    if args.sampler:
+        name, *overrides = args.sampler
+        flags = _settings(args, "gamma", "block_size", "temperature")
+        return [SAMPLERS.parse({"name": name, **parse_overrides(overrides), **flags})]
+    return []
+
+
+def _default_sampler(args: argparse.Namespace, model: _Loaded) -> SamplerConfig:
+    """The recipe's sampler; flags that only set_block knows choose it."""
+    from raydist.config.registries import SAMPLERS
+
+    flags = _settings(args, "gamma", "block_size", "temperature")
+    recipe = model.defaults.get("sampler") or {"name": "autoregressive"}
+    if recipe["name"] == "autoregressive" and flags.keys() & {"gamma", "block_size"}:
+        recipe = {"name": "set_block"}
+    config: SamplerConfig = SAMPLERS.parse({**recipe, **flags})
+    return config
+
+
+def _max_new_tokens(args: argparse.Namespace, defaults: dict[str, Any]) -> int:
+    from raydist.core.errors import ConfigError
+
+    value = args.max_new_tokens
+    if value is None:
+        value = defaults.get("max_new_tokens", _DEFAULT_NEW_TOKENS)
+    if value < 1:
+        raise ConfigError("nothing to generate", where="--max-new-tokens", found=value, expected="at least 1")
+    return int(value)
+
+
+def _prompt_texts(args: argparse.Namespace, defaults: dict[str, Any]) -> list[str]:
+    from raydist.core.errors import ConfigError
+
+    texts = list(args.prompt or [])
+    for path in args.prompt_file or []:
+        try:
+            with open(path, encoding="utf-8") as file:
+                texts.append(file.read())
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                "a prompt file cannot be read", where=path, found=str(error), expected="a text file in UTF-8"
+            ) from None
+    texts = texts or list(defaults.get("prompts") or [])
+    if not texts:
+        raise ConfigError(
+            "no prompt", where="--prompt", expected="a text to continue", fix='give one: --prompt "def main("'
+        )
+    return texts
+
+
+def _with_bos(tokens: list[int], *, model: _Loaded, flag: bool | None) -> list[int]:
+    from raydist.core.errors import ConfigError
+
+    bos = model.meta["token_ids"]["bos"]
+    if flag and bos is None:
+        raise ConfigError("the vocabulary has no begin-of-text token", where="--bos", fix="leave the flag out")
+    trained_here = "objective" in model.meta
+    wanted = bos is not None and not trained_here if flag is None else flag
+    return [bos, *tokens] if wanted else tokens

@@ -1,0 +1,47 @@
+"""The table of (run exists, same configuration, --resume) and its outcomes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from raydist.config.load import read_resolved
+from raydist.core.errors import ResumeError
+from raydist.training.run_dir import prepare_run_dir
+from tests.training.cases import recipe_of
+
+
+def test_fresh_name_without_resume(tmp_path: Path) -> None:
+    recipe = recipe_of("data", tmp_path)
+    run_dir = prepare_run_dir(recipe, resume=False)
+    assert read_resolved(f"{run_dir}/config.yaml").config == recipe.config
+
+
+def test_fresh_name_with_resume_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ResumeError, match="no such run"):
+        prepare_run_dir(recipe_of("data", tmp_path), resume=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_name_in_use_without_resume_is_refused(tmp_path: Path) -> None:
+    prepare_run_dir(recipe_of("data", tmp_path), resume=False)
+    with pytest.raises(ResumeError, match="name is in use") as caught:
+        prepare_run_dir(recipe_of("data", tmp_path), resume=False)
+    assert "--resume" in (caught.value.fix or "")
+    assert "name=run-2" in (caught.value.fix or "")
+
+
+def test_resume_takes_allowed_changes(tmp_path: Path) -> None:
+    prepare_run_dir(recipe_of("data", tmp_path), resume=False)
+    changed = recipe_of("data", tmp_path, **{"scaling.num_workers": 2, "checkpoint.keep": 5})
+    run_dir = prepare_run_dir(changed, resume=True)
+    assert read_resolved(f"{run_dir}/config.yaml").config.checkpoint.keep == 5
+
+
+def test_resume_refuses_what_decides_the_result_and_names_it(tmp_path: Path) -> None:
+    prepare_run_dir(recipe_of("data", tmp_path), resume=False)
+    changed = recipe_of("data", tmp_path, **{"seed": 1, "training.optimizer.learning_rate": 0.5})
+    with pytest.raises(ResumeError, match="differs") as caught:
+        prepare_run_dir(changed, resume=True)
+    assert caught.value.where == "seed, training.optimizer.learning_rate"
