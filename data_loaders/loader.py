@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 
-from data_loaders.gather import gather
+from data_loaders.gather import Chunk, gather
 from data_loaders.mixture import Mixture
 from data_loaders.permutation import IntArray
 from raydist.core.errors import ConfigError
@@ -19,6 +20,7 @@ from raydist.core.rows import Rows
 
 Item = TypeVar("Item")
 _POLL_S = 0.2
+_CHUNK_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Loader(Generic[Item]):
         start_sample: samples consumed before (``LoaderState.samples_consumed``).
         start_step: the step number of the first batch.
         num_steps: batches to yield, or None for ever.
-        prefetch_steps: batches gathered at a time, of which one such group is always ready.
+        prefetch_steps: batches handed over at a time; the next such group is prepared meanwhile.
         transform: applied to each batch in the background thread, for example an objective's corruption.
 
     Raises:
@@ -89,7 +91,7 @@ class Loader(Generic[Item]):
 
     def rows(self, *, first_sample: int, step: int = 0) -> Rows:
         """This rank's rows of the batch that begins at a sample; reads at once, without the thread."""
-        return self._steps.gather_from(first_sample, first_step=step, num_steps=1)[0]
+        return self._steps.gather_from(first_sample, num_steps=1).rows(0, self._steps.rank_rows, step=step)
 
     def rows_of_step(self, step: int) -> Rows:
         """This rank's rows of a step, before or after the ones that were iterated over."""
@@ -129,33 +131,27 @@ class _RankSteps:
     start_sample: int
     transform: Callable[[Rows], Any] | None
 
-    def gather_from(self, first_sample: int, *, first_step: int, num_steps: int) -> list[Rows]:
-        """This rank's rows of consecutive steps, read together and returned as views, one a step."""
-        rank_rows = self.batch_rows // self.world_size
-        starts_K1 = (
-            first_sample + self.rank * rank_rows + np.arange(num_steps, dtype=np.int64)[:, None] * self.batch_rows
-        )
-        samples_N: IntArray = (starts_K1 + np.arange(rank_rows, dtype=np.int64)).reshape(-1)
-        rows = gather(self.mixture, samples_N)
-        return [
-            Rows(
-                step=first_step + k,
-                tokens_BS=rows.tokens_NS[part],
-                documents_BS=rows.documents_NS[part],
-                loss_mask_BS=None if rows.loss_mask_NS is None else rows.loss_mask_NS[part],
-                rows_B=rows.rows_N[part],
-                epochs_B=rows.epochs_N[part],
-            )
-            for k in range(num_steps)
-            for part in [slice(k * rank_rows, (k + 1) * rank_rows)]
-        ]
+    @property
+    def rank_rows(self) -> int:
+        return self.batch_rows // self.world_size
 
-    def items(self, first: int, *, num_steps: int) -> list[Any]:
-        """The transformed batches of the ``first``-th step after the start and the following ones."""
-        batches = self.gather_from(
-            self.start_sample + first * self.batch_rows, first_step=self.start_step + first, num_steps=num_steps
-        )
-        return batches if self.transform is None else [self.transform(rows) for rows in batches]
+    def gather_from(self, first_sample: int, *, num_steps: int) -> Chunk:
+        """This rank's rows of consecutive steps."""
+        first_K1 = first_sample + self.rank * self.rank_rows + np.arange(num_steps, dtype=np.int64)[:, None] * self.batch_rows
+        samples_N: IntArray = (first_K1 + np.arange(self.rank_rows, dtype=np.int64)).reshape(-1)
+        return gather(self.mixture, samples_N)
+
+    def items(self, first: int, *, stop: int | None) -> Iterator[Any]:
+        """The transformed batches of steps ``[first, stop)`` after the start; the first comes as soon as it can."""
+        num_steps = 1
+        while stop is None or first < stop:
+            num_steps = num_steps if stop is None else min(num_steps, stop - first)
+            chunk = self.gather_from(self.start_sample + first * self.batch_rows, num_steps=num_steps)
+            for k in range(num_steps):
+                rows = chunk.rows(k * self.rank_rows, (k + 1) * self.rank_rows, step=self.start_step + first + k)
+                yield rows if self.transform is None else self.transform(rows)
+            first += num_steps
+            num_steps = max(1, _CHUNK_TOKENS // (self.rank_rows * (self.mixture.seq_len + 1)))
 
 
 class _Producer:
@@ -194,12 +190,10 @@ def _produce(
 ) -> None:
     torch.set_grad_enabled(False)
     try:
-        num_steps = 1
-        while stop is None or first < stop:
-            num_steps = num_steps if stop is None else min(num_steps, stop - first)
-            if not _hand_over(steps.items(first, num_steps=num_steps), groups, stopped):
+        items = steps.items(first, stop=stop)
+        while group := list(itertools.islice(items, group_steps)):
+            if not _hand_over(group, groups, stopped):
                 return
-            first, num_steps = first + num_steps, group_steps
         _hand_over(None, groups, stopped)
     except BaseException as error:
         _hand_over(error, groups, stopped)

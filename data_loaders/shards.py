@@ -131,7 +131,8 @@ class Shard:
 
     Attributes:
         tokens_T: the token stream, uint16 or uint32 ``[T]``.
-        offsets_D: document boundaries, int64 ``[D + 1]``.
+        offsets_D: document d is ``tokens_T[offsets[d]:offsets[d + 1]]``, int64 ``[D + 1]``.
+        boundaries_D: the offsets without repetitions, which empty documents make.
     """
 
     def __init__(self, path: str, *, entry: ShardEntry) -> None:
@@ -154,6 +155,8 @@ class Shard:
                 expected=f"{entry.documents} documents, {entry.tokens} tokens",
                 fix=f"delete {path}; it is fetched again",
             )
+        is_new_D = np.concatenate([[True], np.diff(self.offsets_D) > 0])
+        self.boundaries_D: IntArray = self.offsets_D if is_new_D.all() else self.offsets_D[is_new_D]
         self._windows: dict[int, npt.NDArray[Any]] = {}
 
     def document_id(self, document: int) -> str:

@@ -25,8 +25,7 @@ class KeyValueCache(Protocol):
         """Takes a layer's new keys and values, ``[B, G, n, h]`` each, rotated.
 
         Returns:
-            ``[cached slots ; new]`` of both, ``[B, G, W + n, h]``, as :class:`~raydist.models.mask_spec.CachedMask`
-            counts them.
+            ``[cached slots ; new]`` of both, ``[B, G, W + n, h]``: the order that a ``CachedMask`` assumes.
         """
 
 
@@ -76,9 +75,7 @@ class FlexKernel(AttentionKernel):
 def attention_kernel(
     mask: MaskSpec, *, backend: AttentionBackend, device: torch.device, dtype: torch.dtype
 ) -> AttentionKernel:
-    """Renders a mask for a backend. Decoding behind a cache has few queries and ever new widths, so it never uses
-    flex.
-    """
+    """Renders a mask for a backend. Decoding has few queries and ever new widths, so it never uses flex."""
     if backend == "flex" and not isinstance(mask, CachedMask):
         return FlexKernel(mask.flex_block_mask(device=device))
     return PartsKernel(mask.parts(device=device, dtype=dtype))

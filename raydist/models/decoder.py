@@ -76,9 +76,7 @@ class Decoder(nn.Module):
         self.retie()
 
     def reset_buffers(self, device: torch.device | str) -> None:
-        """Makes the rotary frequencies anew, float32; needed after ``to_empty`` and after a cast of the whole
-        module.
-        """
+        """Makes the rotary frequencies anew, float32; needed after ``to_empty`` and after a cast of the module."""
         self.frequencies_f = rope_frequencies(self.config, device=device)
 
     def retie(self) -> None:

@@ -1,7 +1,6 @@
 """Hugging Face directories, in and out.
 
-A directory made here also holds ``raydist.json``: the special ids and how the model was trained and wants to be
-sampled.
+A directory made here also holds ``raydist.json``: the special ids, how the model was trained, how to sample it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""A Hugging Face directory from a decoder's weights: what ``transformers`` loads, and what raydist itself samples
-from.
-"""
+"""A Hugging Face directory from a decoder's weights, for ``transformers`` and for raydist's own samplers."""
 
 from __future__ import annotations
 

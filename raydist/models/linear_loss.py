@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_CHUNK_LOGITS_CPU, _CHUNK_LOGITS_CUDA = 2**22, 2**27
+_CHUNK_LOGITS_CPU, _CHUNK_LOGITS_CUDA = 2**20, 2**27
 _MIN_CHUNK_POSITIONS = 128
 
 
@@ -33,11 +33,10 @@ def linear_cross_entropy(
         targets_T: token ids, int64.
         weights_T: float32, or None for all ones.
         chunk_positions: positions whose logits are in memory at once; by default as many as keep the logits of a chunk
-            near 16 MiB on CPU and 512 MiB on CUDA.
+            near 4 MiB on CPU and 512 MiB on CUDA.
 
     Returns:
-        The sum, a float32 scalar that carries the gradient, and each position's unweighted cost ``[T]``, float32,
-        detached.
+        The sum, a scalar that carries the gradient, and each position's unweighted cost ``[T]``, detached; float32.
     """
     if chunk_positions is None:
         chunk_logits = _CHUNK_LOGITS_CUDA if hidden_TD.is_cuda else _CHUNK_LOGITS_CPU

@@ -91,9 +91,7 @@ class MaskSpec(ABC):
         )
 
     def flex_block_mask(self, *, device: torch.device | str) -> BlockMask:
-        """The FlexAttention rendering, once per device; on CUDA its construction is compiled, so no ``L x L``
-        appears.
-        """
+        """The FlexAttention rendering, once per device; compiled on CUDA, where no ``L x L`` tensor may appear."""
         target = torch.device(device)
 
         def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

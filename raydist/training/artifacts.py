@@ -6,12 +6,16 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from data_loaders.tokenizer import Tokenizer
 from raydist.config.load import Recipe
+from raydist.config.schema import SamplingConfig
 from raydist.core import storage
 from raydist.core.dist import Workers, barrier
+from raydist.evaluation.compare import sampler_label
 from raydist.evaluation.curves import draw_curves
+from raydist.evaluation.trace import draw_trace, token_pieces
 from raydist.fsdp_utils.materialize import full_state
-from raydist.models.hf import save_hf
+from raydist.models.hf import load_decoder, save_hf
 from raydist.tracking.base import Tracker
 from raydist.tracking.jsonl import read_curve
 from raydist.training import run_dir as layout
@@ -34,14 +38,45 @@ def export_model(recipe: Recipe, parts: Assembly, *, run_dir: str, workers: Work
     barrier()
 
 
-def log_results(tracker: Tracker, *, run_dir: str) -> None:
-    """Draws the curves and hands model and pictures to the tracker."""
+def log_results(tracker: Tracker, recipe: Recipe, *, run_dir: str) -> None:
+    """Draws the curves, samples the recipe's prompts, and hands model and pictures to the tracker. Rank 0 only."""
     pictures = storage.join(run_dir, layout.PICTURES)
     storage.make_folder(pictures)
     curves = read_curve(storage.join(run_dir, layout.METRICS))
     draw_curves(curves, path=os.path.join(pictures, "curves.png"), title=os.path.basename(run_dir))
+    if recipe.config.sampling.prompts:
+        _sample_prompts(recipe.config.sampling, run_dir=run_dir, pictures=pictures)
     tracker.log_artifact(storage.join(run_dir, layout.EXPORT), folder="model")
     tracker.log_artifact(pictures, folder="pictures")
+
+
+def _sample_prompts(sampling: SamplingConfig, *, run_dir: str, pictures: str) -> None:
+    """Continues the recipe's prompts with the exported model; draws which token of the first came in which forward."""
+    export = storage.join(run_dir, layout.EXPORT)
+    decoder, meta = load_decoder(export)
+    tokenizer = Tokenizer.load(storage.join(export, "tokenizer.json"))
+    ids = meta["token_ids"]
+    stop_ids = [] if ids["eos"] is None else [ids["eos"]]
+    sampler = sampling.sampler.build(stop_ids=stop_ids, mask_id=ids["mask"], seed=0)
+    prompts = [tokenizer.encode(prompt) for prompt in sampling.prompts]
+    generations = sampler.generate(decoder, prompts, max_new_tokens=sampling.max_new_tokens)
+    texts = [
+        {
+            "prompt": prompt,
+            "text": tokenizer.decode(generation.tokens),
+            "tokens": len(generation.tokens),
+            "forwards": generation.num_forwards,
+        }
+        for prompt, generation in zip(sampling.prompts, generations, strict=True)
+    ]
+    storage.write_json(storage.join(pictures, "samples.json"), texts)
+    draw_trace(
+        generations[0],
+        token_pieces(generations[0].tokens, decode=tokenizer.decode),
+        path=os.path.join(pictures, "trace.png"),
+        title=sampler_label(sampling.sampler),
+        prompt=sampling.prompts[0],
+    )
 
 
 def _special_ids(parts: Assembly) -> dict[str, int | None]:

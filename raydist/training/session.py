@@ -75,7 +75,7 @@ def _train(
     export_model(recipe, parts, run_dir=run_dir, workers=workers, step=config.training.num_steps)
     if tracker is not None:
         tracker.flush()
-        log_results(tracker, run_dir=run_dir)
+        log_results(tracker, recipe, run_dir=run_dir)
     return Outcome(step=config.training.num_steps, metrics=metrics)
 
 

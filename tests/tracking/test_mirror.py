@@ -110,7 +110,7 @@ def test_any_sizes_of_records_and_batches(
     monkeypatch: pytest.MonkeyPatch,
     plan: list[tuple[int, int]],
 ) -> None:
-    """Batches of at most 7 metrics, dying after each call: all arrives once."""
+    """Batches of at most 7 metrics, dying after each call, before and after it is recorded: all arrives once."""
     from raydist.tracking import mirror as module
 
     run_dir = tmp_path_factory.mktemp("run")
@@ -130,24 +130,32 @@ def test_any_sizes_of_records_and_batches(
     class Killed(Exception):
         pass
 
-    num_calls = 0
-    while True:  # each process dies after its first call, before it can record it
-        num_calls += 1
-        assert num_calls < 1000
+    def send_until_killed(*, num_sent: int, num_recorded: int) -> bool:
+        """A process that dies after that many calls reached the server and that many were recorded."""
         mirror = Mirror(RunFiles(str(run_dir)))
         client, _ = mirror._contact()
-        log_batch = client.log_batch
+        log_batch, num_calls = client.log_batch, 0
 
-        def dying(*args: Any, call: Any = log_batch, **rest: Any) -> None:
-            call(*args, **rest)
-            raise Killed
+        def mortal_log_batch(*args: Any, **rest: Any) -> None:
+            nonlocal num_calls
+            num_calls += 1
+            if num_calls <= num_sent:
+                log_batch(*args, **rest)
+            if num_calls > num_recorded:
+                raise Killed
 
-        client.log_batch = dying
+        client.log_batch = mortal_log_batch
         try:
-            run_id = mirror.send_waiting()
-            break
+            mirror.send_waiting()
         except Killed:
-            continue
+            return True
+        return False
+
+    num_processes = 0
+    while send_until_killed(num_sent=1, num_recorded=num_processes % 2):
+        num_processes += 1
+        assert num_processes < 1000
+    run_id = sync_run(str(run_dir))
     uri = find_run(str(run_dir)).uri
     for key, points in expected.items():
         assert history(uri, run_id, key) == points
@@ -167,6 +175,10 @@ def test_non_finite_values_odd_names_and_a_torn_tail(output_dir: Path) -> None:
     assert math.isnan(metrics["nan"])
     assert metrics["inf"] < -1e300
     assert Mirror(RunFiles(str(run_dir))).num_waiting() == 0
+    with open(run_dir / jsonl.FILE_NAME, "ab") as stream:
+        stream.write(b".5}\n")  # the writer was only slow
+    sync_run(str(run_dir))
+    assert find_run(str(run_dir)).metrics["nan"] == 0.5
     assert handle.run_id == find_run(str(run_dir)).run_id
 
 
