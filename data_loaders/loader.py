@@ -21,6 +21,7 @@ from raydist.core.rows import Rows
 Item = TypeVar("Item")
 _POLL_S = 0.2
 _CHUNK_TOKENS = 1 << 20
+_CHUNK_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,16 @@ class _RankSteps:
 
     def gather_from(self, first_sample: int, *, num_steps: int) -> Chunk:
         """This rank's rows of consecutive steps."""
-        first_K1 = first_sample + self.rank * self.rank_rows + np.arange(num_steps, dtype=np.int64)[:, None] * self.batch_rows
+        first_K1 = (
+            first_sample + self.rank * self.rank_rows + np.arange(num_steps, dtype=np.int64)[:, None] * self.batch_rows
+        )
         samples_N: IntArray = (first_K1 + np.arange(self.rank_rows, dtype=np.int64)).reshape(-1)
         return gather(self.mixture, samples_N)
+
+    def _chunk_steps(self) -> int:
+        """Steps gathered at once: bounded in memory, and in the epochs of a tiny dataset that it spans."""
+        num_rows = min(_CHUNK_ROWS, _CHUNK_TOKENS // (self.mixture.seq_len + 1), self.mixture.num_rows)
+        return max(1, num_rows // self.rank_rows)
 
     def items(self, first: int, *, stop: int | None) -> Iterator[Any]:
         """The transformed batches of steps ``[first, stop)`` after the start; the first comes as soon as it can."""
@@ -151,7 +159,7 @@ class _RankSteps:
                 rows = chunk.rows(k * self.rank_rows, (k + 1) * self.rank_rows, step=self.start_step + first + k)
                 yield rows if self.transform is None else self.transform(rows)
             first += num_steps
-            num_steps = max(1, _CHUNK_TOKENS // (self.rank_rows * (self.mixture.seq_len + 1)))
+            num_steps = self._chunk_steps()
 
 
 class _Producer:

@@ -98,9 +98,9 @@ def test_libraries_stay_where_they_belong(library: str) -> None:
     wrong = []
     for path in source_files():
         name = str(path.relative_to(ROOT))
-        if any(module.split(".")[0] == library for module in imported_modules(path)):
-            if not name.startswith(ONLY_IN[library]):
-                wrong.append(name)
+        uses = any(module.split(".")[0] == library for module in imported_modules(path))
+        if uses and not name.startswith(ONLY_IN[library]):
+            wrong.append(name)
     assert not wrong, f"{library} is imported by {wrong}"
 
 

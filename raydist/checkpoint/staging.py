@@ -42,7 +42,7 @@ def _to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return copies
 
 
-class HostStagingWriter(StorageWriter):  # type: ignore[misc]
+class HostStagingWriter(StorageWriter):
     """Collects this worker's chunks in host memory.
 
     Attributes:
@@ -94,7 +94,7 @@ class HostStagingWriter(StorageWriter):  # type: ignore[misc]
         return None
 
 
-class VerifiedShardReader(StorageReader):  # type: ignore[misc]
+class VerifiedShardReader(StorageReader):
     """Reads the rows that this worker's shards need; every byte is verified."""
 
     def __init__(self, checkpoint: Checkpoint, *, metadata: Metadata) -> None:

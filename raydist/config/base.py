@@ -143,7 +143,7 @@ def _owner(cls: type[BaseModel], path: list[str]) -> type[BaseModel] | None:
         owner = _model_in(field.annotation)
         if owner is None:
             return None
-    return owner  # type: ignore[no-any-return]
+    return owner
 
 
 def _model_in(annotation: Any) -> Any:
@@ -174,4 +174,4 @@ class _ChoiceSchema:
 
 def choice(registry: Registry, base: type[StrictModel] = StrictModel) -> Any:
     """The annotation of a field whose class is chosen by ``name:``: ``objective: choice(OBJECTIVES)``."""
-    return Annotated[SerializeAsAny[base], BeforeValidator(registry.parse), _ChoiceSchema(registry)]  # type: ignore[valid-type]
+    return Annotated[base, SerializeAsAny(), BeforeValidator(registry.parse), _ChoiceSchema(registry)]  # type: ignore[type-arg]

@@ -1,7 +1,7 @@
 """From a recipe file and overrides to one resolved configuration.
 
-Later wins: schema defaults <- ``base.yaml`` <- the recipe <- ``key.sub=value``. ``base.yaml`` is taken from the recipe's folder or
-the nearest folder above it that has one. Where an overlay chooses another ``name`` for a choice (objective, sampler, ...), the
+Later wins: schema defaults <- ``base.yaml`` <- the recipe <- ``key.sub=value``. ``base.yaml`` is taken from the recipe's
+folder, or from the nearest folder above it that has one. Where an overlay chooses another ``name`` for a choice (objective, sampler, ...), the
 fields of the earlier choice are dropped with it.
 """
 
@@ -143,11 +143,15 @@ def merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in overlay.items():
         old = merged.get(key)
-        extends = (
-            isinstance(old, dict) and isinstance(value, dict) and old.get("name") == value.get("name", old.get("name"))
-        )
-        merged[key] = merge(old, value) if extends else value
+        if isinstance(old, dict) and isinstance(value, dict) and not _chooses_anew(old, value):
+            merged[key] = merge(old, value)
+        else:
+            merged[key] = value
     return merged
+
+
+def _chooses_anew(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    return "name" in old and "name" in new and old["name"] != new["name"]
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -166,7 +170,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(
             "an override cannot be read", found=" ".join(overrides), expected=_first_line(error)
         ) from None
-    return values  # type: ignore[return-value]
+    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
 
 
 def _find_base(path: str) -> str | None:

@@ -30,6 +30,7 @@ class Workers:
 
     @property
     def is_first(self) -> bool:
+        """True on the one process that writes files and talks to the tracker."""
         return self.rank == 0
 
 

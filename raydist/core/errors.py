@@ -63,7 +63,7 @@ class RaydistError(Exception):
 
 def _rebuild(kind: type[RaydistError], fields: dict[str, str | None]) -> RaydistError:
     what = fields.pop("what") or ""
-    return kind(what, **fields)  # type: ignore[arg-type]
+    return kind(what, **fields)
 
 
 class ConfigError(RaydistError):

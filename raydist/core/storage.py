@@ -104,7 +104,7 @@ def list_files(path: str) -> list[str]:
         root = filesystem._strip_protocol(path).rstrip("/") + "/"
         return sorted(entry.removeprefix(root) for entry in filesystem.find(path))
     root = local_path(path)
-    found = []
+    found: list[str] = []
     for folder, _, names in os.walk(root):
         found.extend(os.path.relpath(os.path.join(folder, name), root) for name in names)
     return sorted(found)

@@ -68,12 +68,14 @@ def materialize(
     decoder.to_empty(device=device)
     decoder.retie()
     _fill_with_sentinel(decoder)
+
+    def source(name: str, shape: torch.Size) -> Tensor:
+        if weights is not None:
+            return weights.read(name)
+        return initial_value(name, shape, config=config, seed=seed)
+
     for name, parameter in decoder.named_parameters():
-        if weights is None:
-            value = initial_value(name, parameter.shape, config=config, seed=seed)
-        else:
-            value = weights.read(name)
-        copy_whole(value, into=parameter, name=name)
+        copy_whole(source(name, parameter.shape), into=parameter, name=name)
     decoder.reset_buffers(device)
     _check_filled(decoder)
     return decoder

@@ -1,4 +1,4 @@
-"""The objective contract: corrupt, terms, combine. An objective never sees the trainer, the model or the vocabulary's logits."""
+"""The objective contract: corrupt, terms, combine. An objective never sees the trainer, the model or its logits."""
 
 from __future__ import annotations
 

@@ -6,15 +6,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ray
-
 from raydist.core import errors
 from raydist.training.hooks import Hook, RunFacts
 
 
-@ray.remote(num_cpus=0)
 class RunMonitor:
-    """An actor that the driver makes, rank 0 writes to without waiting, and the driver polls."""
+    """State of an actor that the driver makes, rank 0 writes to without waiting, and the driver polls."""
 
     def __init__(self) -> None:
         self._events: list[tuple[str, Any]] = []

@@ -38,7 +38,7 @@ def train_on_ray(recipe: Recipe, *, run_dir: str, address: str | None = None, ho
     scaling = recipe.config.scaling
     with connected(address=address, min_cpus=scaling.num_workers * scaling.cpus_per_worker):
         require_capacity(scaling)
-        monitor = RunMonitor.remote()
+        monitor = ray.remote(num_cpus=0)(RunMonitor).remote()
         payload = {
             "config": recipe.config.model_dump(mode="json"),
             "config_hash": recipe.config_hash,

@@ -31,7 +31,7 @@ class Autoregressive(Sampler):
         self.mask_id = mask_id
         self.seed = seed
 
-    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    @torch.inference_mode()
     def generate(self, model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[Generation]:
         """Continues each prompt; rows that met a stop id leave the batch."""
         if not prompts:

@@ -62,7 +62,7 @@ class SetBlock(Sampler):
         self.mask_id = mask_id
         self.seed = seed
 
-    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    @torch.inference_mode()
     def generate(self, model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[Generation]:
         """Continues each prompt block by block; rows that met a stop id leave the batch between blocks."""
         if not prompts:

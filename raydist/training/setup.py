@@ -14,6 +14,7 @@ from raydist.core.dist import Workers
 from raydist.core.rows import Rows
 from raydist.fsdp_utils.materialize import materialize
 from raydist.fsdp_utils.mesh import make_mesh
+from raydist.models.attention import AttentionBackend
 from raydist.models.decoder import Decoder
 from raydist.objectives.base import Objective
 from raydist.training.batches import StepBatch, step_batch_maker
@@ -118,7 +119,7 @@ def _validation(
     return ValidationBatches(loader, make, batch_rows=training.batch_rows)
 
 
-def _attention(config: RunConfig, workers: Workers) -> str:
+def _attention(config: RunConfig, workers: Workers) -> AttentionBackend:
     if config.model.attention != "auto":
         return config.model.attention
     return "flex" if workers.device.type == "cuda" else "sdpa"

@@ -54,7 +54,7 @@ def test_purpose_seed_epoch_and_row_all_matter() -> None:
 
 def test_uniform_is_uniform() -> None:
     draws = rng_of(list(range(400))).uniform("mask", 250).flatten()
-    assert 0.0 <= float(draws.min())
+    assert float(draws.min()) >= 0.0
     assert float(draws.max()) < 1.0
     counts = torch.histc(draws, bins=20, min=0, max=1)
     expected = draws.numel() / 20

@@ -50,9 +50,14 @@ def test_json_is_stable(root: str) -> None:
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     target = tmp_path / "file"
     target.write_bytes(b"old")
-    with pytest.raises(RuntimeError, match="stop"), storage.atomic_file(str(target)) as partial:
-        Path(partial).write_bytes(b"half")
-        raise RuntimeError("stop")
+
+    def stop_half_way() -> None:
+        with storage.atomic_file(str(target)) as partial:
+            Path(partial).write_bytes(b"half")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        stop_half_way()
     assert target.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
 

@@ -112,9 +112,10 @@ def test_weights_of_another_tokenizer_are_refused(dataset: str, tmp_path: Path) 
         token_ids={},
         extra={},
     )
+    values = {**recipe_values(dataset, tmp_path / "runs"), "model": {"init_from": str(tmp_path / "hf")}}
+    recipe = resolve(values, path="case.yaml")
     with pytest.raises(TokenizerError, match="not the model's"):
-        values = recipe_values(dataset, tmp_path / "runs")
-        run(resolve({**values, "model": {"init_from": str(tmp_path / "hf")}}, path="case.yaml"))
+        run(recipe)
 
 
 def test_a_run_goes_on_from_exported_weights(dataset: str, tmp_path: Path) -> None:
