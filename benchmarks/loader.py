@@ -216,12 +216,14 @@ class Contender:
         return {"absent": f"ended with code {self.process.wait()}"}
 
     def measure(self) -> float:
+        """Tokens per second of one pass."""
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         return self._answer()["tokens_per_s"]
 
     def close(self) -> None:
+        """Ends the process."""
         self.process.communicate()
 
 

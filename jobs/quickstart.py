@@ -14,12 +14,14 @@ import time
 from raydist.cli.main import main as raydist
 from raydist.cli.output import next_commands, say
 from raydist.core.units import format_duration
+from raydist.runtime.cluster import connected
 
 DATASET = "runs/data/python-library"
 RECIPE = "jobs/recipes/quickstart.yaml"
 RUN_DIR = "runs/quickstart"
 PULLED = "runs/pulled/quickstart"
-NO_TESTS = ["test/*", "tests/*", "*/test/*", "*/tests/*", "site-packages/*", "idlelib/*", "lib2to3/*", "ensurepip/*"]
+TOKENIZER = "bpe:1024"
+LEFT_OUT = ["test/*", "tests/*", "*/test/*", "*/tests/*", "site-packages/*", "idlelib/*", "lib2to3/*", "ensurepip/*"]
 
 
 def stage(title: str, *command: str) -> None:
@@ -35,19 +37,20 @@ def stage(title: str, *command: str) -> None:
 def main() -> None:
     """Runs the five stages."""
     started = time.monotonic()
-    library = sysconfig.get_paths()["stdlib"]
-    excludes = [word for pattern in NO_TESTS for word in ("--exclude", pattern)]
-    stage(
-        "1 of 5  a token dataset from the interpreter's own library",
-        *("data", "prepare", library, "--out", DATASET, "--tokenizer", "bpe:1024", "--include", "*.py", *excludes),
-    )
     shutil.rmtree(RUN_DIR, ignore_errors=True)
     shutil.rmtree(PULLED, ignore_errors=True)
-    stage("2 of 5  Set Block Decoding on two Ray Train workers, sharded by FSDP2", "train", RECIPE)
+    library = sysconfig.get_paths()["stdlib"]
+    excludes = [word for pattern in LEFT_OUT for word in ("--exclude", pattern)]
+    with connected(address=None, min_cpus=2):  # each of the two would start a Ray of its own; one start is enough
+        stage(
+            "1 of 5  a token dataset from the interpreter's own library",
+            *("data", "prepare", library, "--out", DATASET, "--tokenizer", TOKENIZER, "--include", "*.py", *excludes),
+        )
+        stage("2 of 5  Set Block Decoding on two Ray Train workers, sharded by FSDP2", "train", RECIPE)
     stage("3 of 5  the run as MLflow has it", "runs", "list", "--experiment", "quickstart")
     stage("4 of 5  its artifacts, pulled and hash-verified", *("artifacts", "pull", "quickstart", "--to", PULLED))
     stage(
-        "5 of 5  the pulled model: one token a forward, and blocks of 16 by entropy bound",
+        "5 of 5  the pulled model: one token a forward, and blocks by entropy bound",
         *("sample", f"{PULLED}/model", "--compare", "--trace", f"{PULLED}/trace.png"),
     )
     say(f"\nall done in {format_duration(time.monotonic() - started)}")
@@ -56,7 +59,7 @@ def main() -> None:
     next_commands(
         [
             ("your own prompt", f"raydist sample {RUN_DIR} --prompt 'import ' --gamma 0.6"),
-            ("another recipe", f"raydist train {RECIPE} name=longer training.num_steps=2000"),
+            ("train longer", f"raydist train {RECIPE} name=longer training.num_steps=5000"),
             ("for transformers", "raydist export quickstart --to hf-quickstart"),
         ]
     )

@@ -1,8 +1,8 @@
 """From a recipe file and overrides to one resolved configuration.
 
 Later wins: schema defaults <- ``base.yaml`` <- the recipe <- ``key.sub=value``. ``base.yaml`` is taken from the recipe's
-folder, or from the nearest folder above it that has one. Where an overlay chooses another ``name`` for a choice (objective, sampler, ...), the
-fields of the earlier choice are dropped with it.
+folder, or from the nearest folder above it that has one. Where an overlay chooses another ``name`` for a choice
+(objective, sampler, ...), the fields of the earlier choice are dropped with it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,101 @@
+"""What the benchmarks share: contenders in their own processes, paired repeats, and the result file."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+class Contender:
+    """A process that takes one JSON order a line and answers each with one JSON line.
+
+    Args:
+        script: the contender's Python file.
+        spec: what it is told at its start, as JSON in its first argument.
+    """
+
+    def __init__(self, script: Path, spec: Mapping[str, Any]) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, str(script), json.dumps(spec)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    def ask(self, **order: Any) -> dict[str, Any]:
+        """Sends an order and waits for its answer.
+
+        Raises:
+            RuntimeError: the process ended; the message is the end of its stderr.
+        """
+        assert self._process.stdin and self._process.stdout and self._process.stderr
+        try:
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+            for line in self._process.stdout:
+                if line.startswith("{"):
+                    answer: dict[str, Any] = json.loads(line)
+                    return answer
+        except BrokenPipeError:
+            pass
+        raise RuntimeError(f"a contender ended early:\n{self._process.stderr.read()[-2000:]}")
+
+    def close(self) -> None:
+        """Ends the process by closing its input."""
+        self._process.communicate()
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """``numerator / denominator`` of paired repeats: each pair was measured one right after the other."""
+
+    numerator: Sequence[float]
+    denominator: Sequence[float]
+
+    @property
+    def pairs(self) -> list[float]:
+        """The ratio of each pair."""
+        return [a / b for a, b in zip(self.numerator, self.denominator, strict=True)]
+
+    @property
+    def median(self) -> float:
+        """The middle pair."""
+        return statistics.median(self.pairs)
+
+    def as_json(self) -> dict[str, Any]:
+        """Median, extremes and all pairs."""
+        pairs = [round(pair, 4) for pair in self.pairs]
+        return {"median": round(self.median, 4), "min": min(pairs), "max": max(pairs), "pairs": pairs}
+
+
+def environment(*packages: str) -> dict[str, Any]:
+    """Versions and the size of the machine."""
+    return {
+        "cpus": os.cpu_count(),
+        "architecture": platform.machine(),
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in packages},
+    }
+
+
+def write_result(name: str, content: Mapping[str, Any]) -> Path:
+    """Writes ``benchmarks/results/<name>.json``."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    return path
