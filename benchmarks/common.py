@@ -9,6 +9,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +29,12 @@ class Contender:
 
     def __init__(self, script: Path, spec: Mapping[str, Any]) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (read if the process ends early)
         self._process = subprocess.Popen(
             [sys.executable, str(script), json.dumps(spec)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._errors,
             text=True,
             env=environment,
         )
@@ -43,21 +45,25 @@ class Contender:
         Raises:
             RuntimeError: the process ended; the message is the end of its stderr.
         """
-        assert self._process.stdin and self._process.stdout and self._process.stderr
+        orders, answers = self._process.stdin, self._process.stdout
+        assert orders is not None
+        assert answers is not None
         try:
-            self._process.stdin.write(json.dumps(order) + "\n")
-            self._process.stdin.flush()
-            for line in self._process.stdout:
+            orders.write(json.dumps(order) + "\n")
+            orders.flush()
+            for line in answers:
                 if line.startswith("{"):
                     answer: dict[str, Any] = json.loads(line)
                     return answer
         except BrokenPipeError:
             pass
-        raise RuntimeError(f"a contender ended early:\n{self._process.stderr.read()[-2000:]}")
+        self._errors.seek(0)
+        raise RuntimeError(f"a contender ended early:\n{self._errors.read()[-2000:]}")
 
     def close(self) -> None:
         """Ends the process by closing its input."""
         self._process.communicate()
+        self._errors.close()
 
 
 @dataclass(frozen=True)

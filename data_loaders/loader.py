@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 
-from data_loaders.gather import Chunk, gather
+from data_loaders.gather import RowBlock, gather
 from data_loaders.mixture import Mixture
 from data_loaders.permutation import IntArray
 from raydist.core.errors import ConfigError
@@ -20,8 +20,8 @@ from raydist.core.rows import Rows
 
 Item = TypeVar("Item")
 _POLL_S = 0.2
-_CHUNK_TOKENS = 1 << 20
-_CHUNK_ROWS = 2048
+_BLOCK_TOKENS = 1 << 20
+_BLOCK_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ class Loader(Generic[Item]):
 
     def rows(self, *, first_sample: int, step: int = 0) -> Rows:
         """This rank's rows of the batch that begins at a sample; reads at once, without the thread."""
-        return self._steps.gather_from(first_sample, num_steps=1).rows(0, self._steps.rank_rows, step=step)
+        block = self._steps.gather_from(first_sample, num_steps=1)
+        return next(block.batches(self._steps.rank_rows, first_step=step))
 
     def rows_of_step(self, step: int) -> Rows:
         """This rank's rows of a step, before or after the ones that were iterated over."""
@@ -136,17 +137,15 @@ class _RankSteps:
     def rank_rows(self) -> int:
         return self.batch_rows // self.world_size
 
-    def gather_from(self, first_sample: int, *, num_steps: int) -> Chunk:
+    def gather_from(self, first_sample: int, *, num_steps: int) -> RowBlock:
         """This rank's rows of consecutive steps."""
-        first_K1 = (
-            first_sample + self.rank * self.rank_rows + np.arange(num_steps, dtype=np.int64)[:, None] * self.batch_rows
-        )
-        samples_N: IntArray = (first_K1 + np.arange(self.rank_rows, dtype=np.int64)).reshape(-1)
-        return gather(self.mixture, samples_N)
+        steps_K1 = np.arange(num_steps, dtype=np.int64)[:, None]
+        samples_B = first_sample + self.rank * self.rank_rows + np.arange(self.rank_rows, dtype=np.int64)
+        return gather(self.mixture, (steps_K1 * self.batch_rows + samples_B).reshape(-1))
 
-    def _chunk_steps(self) -> int:
+    def _block_steps(self) -> int:
         """Steps gathered at once: bounded in memory, and in the epochs of a tiny dataset that it spans."""
-        num_rows = min(_CHUNK_ROWS, _CHUNK_TOKENS // (self.mixture.seq_len + 1), self.mixture.num_rows)
+        num_rows = min(_BLOCK_ROWS, _BLOCK_TOKENS // (self.mixture.seq_len + 1), self.mixture.num_rows)
         return max(1, num_rows // self.rank_rows)
 
     def items(self, first: int, *, stop: int | None) -> Iterator[Any]:
@@ -154,12 +153,11 @@ class _RankSteps:
         num_steps = 1
         while stop is None or first < stop:
             num_steps = num_steps if stop is None else min(num_steps, stop - first)
-            chunk = self.gather_from(self.start_sample + first * self.batch_rows, num_steps=num_steps)
-            for k in range(num_steps):
-                rows = chunk.rows(k * self.rank_rows, (k + 1) * self.rank_rows, step=self.start_step + first + k)
-                yield rows if self.transform is None else self.transform(rows)
+            block = self.gather_from(self.start_sample + first * self.batch_rows, num_steps=num_steps)
+            batches = block.batches(self.rank_rows, first_step=self.start_step + first)
+            yield from batches if self.transform is None else map(self.transform, batches)
             first += num_steps
-            num_steps = self._chunk_steps()
+            num_steps = self._block_steps()
 
 
 class _Producer:

@@ -126,6 +126,20 @@ def decompress_shard(path: str, *, target: str, entry: ShardEntry) -> None:
 _RESTORE = "restore the file or prepare the dataset again; `raydist data verify DIR` checks all shards"
 
 
+@dataclass(frozen=True)
+class ShardRows:
+    """A shard cut into rows of ``S = seq_len + 1`` tokens; a row's last token is the next row's first.
+
+    Attributes:
+        tokens_RS: a view of the token stream, ``[R, S]``.
+        first_cuts_R1: ``boundaries_D[first_cuts_R1[r]:first_cuts_R1[r + 1]]`` are the document boundaries strictly
+            inside row r.
+    """
+
+    tokens_RS: npt.NDArray[Any]
+    first_cuts_R1: IntArray
+
+
 class Shard:
     """A plain shard file, memory-mapped; the arrays are views of the file.
 
@@ -157,24 +171,30 @@ class Shard:
             )
         is_new_D = np.concatenate([[True], np.diff(self.offsets_D) > 0])
         self.boundaries_D: IntArray = self.offsets_D if is_new_D.all() else self.offsets_D[is_new_D]
-        self._windows: dict[int, npt.NDArray[Any]] = {}
+        self._rows: dict[int, ShardRows] = {}
 
     def document_id(self, document: int) -> str:
         """The stable id of a document of this shard."""
         return str(self._document_ids[document].as_py())
 
-    def rows(self, starts_N: IntArray, *, length: int) -> npt.NDArray[Any]:
-        """Slices of the stream that begin at ``starts_N``, gathered by one copy, ``[N, length]``."""
-        if length not in self._windows:
-            self._windows[length] = np.lib.stride_tricks.sliding_window_view(self.tokens_T, length)
-        return self._windows[length][starts_N]
+    def rows(self, seq_len: int) -> ShardRows:
+        """The rows of a length, worked out once."""
+        if seq_len not in self._rows:
+            self._rows[seq_len] = self._rows_of(seq_len)
+        return self._rows[seq_len]
 
-    def mask_rows(self, starts_N: IntArray, *, length: int) -> npt.NDArray[np.bool_]:
-        """The same slices of the loss mask, bool ``[N, length]``; all True where the shard has none."""
-        if self._mask is None:
-            return np.ones((len(starts_N), length), dtype=np.bool_)
-        slices = [self._mask.slice(int(start), length).to_numpy(zero_copy_only=False) for start in starts_N]
-        return np.stack(slices) if slices else np.ones((0, length), dtype=np.bool_)
+    def _rows_of(self, seq_len: int) -> ShardRows:
+        tokens_RS = np.lib.stride_tricks.sliding_window_view(self.tokens_T, seq_len + 1)[::seq_len]
+        starts_R1 = np.arange(len(tokens_RS) + 1) * seq_len
+        return ShardRows(tokens_RS, first_cuts_R1=np.searchsorted(self.boundaries_D, starts_R1, side="right"))
+
+    def mask_rows(self, rows_G: IntArray, *, seq_len: int) -> npt.NDArray[np.bool_]:
+        """The loss mask of rows, bool ``[G, seq_len + 1]``; all True where the shard has none."""
+        masks_GS = np.ones((len(rows_G), seq_len + 1), dtype=np.bool_)
+        if self._mask is not None:
+            for mask_S, row in zip(masks_GS, rows_G.tolist(), strict=True):
+                mask_S[:] = self._mask.slice(row * seq_len, seq_len + 1).to_numpy(zero_copy_only=False)
+        return masks_GS
 
 
 def _only_batch(source: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from raydist.cli.output import console, next_commands, say
@@ -26,7 +27,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from raydist.cli.progress import ProgressDisplay
     from raydist.config.load import load_recipe
 
-    recipe = load_recipe(args.recipe, args.overrides)
+    recipe = load_recipe(args.recipe, [*args.overrides, *_launcher_overrides(no_ray=args.no_ray)])
     with ProgressDisplay(console()) as display:
         if args.no_ray:
             result = _in_this_process(recipe, resume=args.resume, display=display)
@@ -55,7 +56,6 @@ def _in_this_process(recipe: Any, *, resume: bool, display: Any) -> dict[str, An
     from raydist.training.session import run_attempt
 
     with process_group(timeout_s=recipe.config.scaling.collective_timeout_s) as workers:
-        recipe = _with_world_size(recipe, workers.world_size)
         if not workers.is_first:
             barrier()
             run_attempt(recipe, run_dir=run_dir_of(recipe))
@@ -68,13 +68,9 @@ def _in_this_process(recipe: Any, *, resume: bool, display: Any) -> dict[str, An
         return _summary(recipe, *conduct(recipe, resume=resume, attempts=attempts))
 
 
-def _with_world_size(recipe: Any, world_size: int) -> Any:
+def _launcher_overrides(*, no_ray: bool) -> list[str]:
     """Without Ray the launcher decides how many workers there are, not the recipe."""
-    from raydist.config.load import resolve
-
-    values = recipe.config.model_dump(mode="json")
-    values["scaling"]["num_workers"] = world_size
-    return resolve(values, path=recipe.path)
+    return [f"scaling.num_workers={os.environ.get('WORLD_SIZE', '1')}"] if no_ray else []
 
 
 def _summary(recipe: Any, run_dir: str, handle: Any, outcome: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ class StrictModel(BaseModel):
 
 
 _Config = TypeVar("_Config", bound=StrictModel)
+_MAX_FOUND_CHARS = 200
 
 
 class Registry:
@@ -128,7 +129,8 @@ def _explain(cls: type[BaseModel], error: ValidationError, prefix: str) -> Confi
     if first["type"] == "missing":
         return ConfigError("a required key is missing" + more, where=key, fix=f"set it: {key}=...")
     message = first["msg"].removeprefix("Value error, ")
-    return ConfigError("a value does not fit" + more, where=key, found=repr(first.get("input")), expected=message)
+    found = None if isinstance(first["input"], dict | BaseModel) else repr(first["input"])[:_MAX_FOUND_CHARS]
+    return ConfigError("a value does not fit" + more, where=key or None, found=found, expected=message)
 
 
 def _owner(cls: type[BaseModel], path: list[str]) -> type[BaseModel] | None:

@@ -87,10 +87,10 @@ def test_a_misspelt_key_names_the_nearest_one(recipe_path: str, override: str, w
         ("training.precision=fp8", "training.precision"),
         ("data.train=[]", "data.train"),
         ("name=../escape", "name"),
-        ("training.batch_rows=5", ""),
+        ("training.batch_rows=5", None),
     ],
 )
-def test_a_wrong_value_names_its_key(recipe_path: str, override: str, where: str) -> None:
+def test_a_wrong_value_names_its_key(recipe_path: str, override: str, where: str | None) -> None:
     with pytest.raises(ConfigError, match="does not fit") as caught:
         load_recipe(recipe_path, [override])
     assert caught.value.where == where
