@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from data_loaders.mixture import Mixture
 from data_loaders.permutation import IntArray
@@ -20,36 +20,51 @@ from raydist.core.rows import Rows
 
 
 @dataclass(frozen=True)
-class RowBlock:
-    """The rows of consecutive steps of one rank; shapes and types are those of :class:`~raydist.core.rows.Rows`."""
+class Chunk:
+    """Consecutive samples of one rank, copied out of their shards but still compact.
 
-    tokens_NS: Tensor
-    documents_NS: Tensor
-    loss_mask_NS: Tensor | None
-    rows_N: Tensor
-    epochs_N: Tensor
+    Attributes:
+        tokens_NS: in the shards' token type.
+        loss_mask_NS: loss masks, or None.
+        piece_lengths_P: tokens of each piece of a document that lies in one row, over all samples in order.
+        piece_numbers_P: the piece's number in its row, int32.
+        first_pieces_N1: the first piece of each sample; the last entry is the number of pieces.
+        rows_N: global row ids.
+        epochs_N: how often each row was read before.
+    """
+
+    tokens_NS: npt.NDArray[Any]
+    loss_mask_NS: npt.NDArray[np.bool_] | None
+    piece_lengths_P: IntArray
+    piece_numbers_P: npt.NDArray[np.int32]
+    first_pieces_N1: IntArray
+    rows_N: IntArray
+    epochs_N: IntArray
 
     def batches(self, num_rows: int, *, first_step: int) -> Iterator[Rows]:
-        """Batches of ``num_rows`` rows each, as views."""
-        columns = zip(
-            self.tokens_NS.split(num_rows),
-            self.documents_NS.split(num_rows),
-            self.rows_N.split(num_rows),
-            self.epochs_N.split(num_rows),
-            strict=True,
-        )
-        masks = None if self.loss_mask_NS is None else self.loss_mask_NS.split(num_rows)
-        for index, (tokens_BS, documents_BS, rows_B, epochs_B) in enumerate(columns):
-            mask_BS = None if masks is None else masks[index]
-            yield Rows(first_step + index, tokens_BS, documents_BS, mask_BS, rows_B, epochs_B)
+        """Batches of ``num_rows`` rows, each widened when it is taken, so that its tensors stay in the CPU's cache."""
+        rows, epochs = (torch.from_numpy(array_N).split(num_rows) for array_N in (self.rows_N, self.epochs_N))
+        first_pieces = self.first_pieces_N1[::num_rows].tolist()
+        for index in range(len(rows)):
+            samples = slice(index * num_rows, (index + 1) * num_rows)
+            pieces = slice(first_pieces[index], first_pieces[index + 1])
+            documents_BS = np.repeat(self.piece_numbers_P[pieces], self.piece_lengths_P[pieces]).reshape(num_rows, -1)
+            yield Rows(
+                step=first_step + index,
+                tokens_BS=torch.from_numpy(self.tokens_NS[samples].astype(np.int64)),
+                documents_BS=torch.from_numpy(documents_BS),
+                loss_mask_BS=None if self.loss_mask_NS is None else torch.from_numpy(self.loss_mask_NS[samples]),
+                rows_B=rows[index],
+                epochs_B=epochs[index],
+            )
 
 
-def gather(mixture: Mixture, samples_N: IntArray) -> RowBlock:
+def gather(mixture: Mixture, samples_N: IntArray) -> Chunk:
     """Reads samples of a mixture; each shard that holds some of them is visited once."""
-    num_samples, length = len(samples_N), mixture.seq_len + 1
+    shape = len(samples_N), mixture.seq_len + 1
     datasets_N, addresses = mixture.locate(samples_N)
-    tokens_NS = np.empty((num_samples, length), dtype=np.int64)
-    mask_NS = np.empty((num_samples, length), dtype=np.bool_) if mixture.has_loss_mask else None
+    tokens_NS = np.empty(shape, dtype=mixture.manifest.token_dtype)
+    mask_NS = np.empty(shape, dtype=np.bool_) if mixture.has_loss_mask else None
     cuts, cut_samples = [], []
     for dataset, shard_index, chosen_G in _groups(datasets_N, addresses.shards_N):
         shard = mixture.datasets[dataset].shard(shard_index)
@@ -60,14 +75,8 @@ def gather(mixture: Mixture, samples_N: IntArray) -> RowBlock:
         owners_K, cuts_K = _cuts(shard, rows_G, seq_len=mixture.seq_len)
         cut_samples.append(chosen_G[owners_K])
         cuts.append(cuts_K)
-    documents_NS = _documents(np.concatenate(cut_samples), np.concatenate(cuts), shape=(num_samples, length))
-    return RowBlock(
-        tokens_NS=torch.from_numpy(tokens_NS),
-        documents_NS=torch.from_numpy(documents_NS),
-        loss_mask_NS=None if mask_NS is None else torch.from_numpy(mask_NS),
-        rows_N=torch.from_numpy(addresses.rows_N),
-        epochs_N=torch.from_numpy(addresses.epochs_N),
-    )
+    pieces = _pieces(np.concatenate(cut_samples), np.concatenate(cuts), shape=shape)
+    return Chunk(tokens_NS, mask_NS, *pieces, addresses.rows_N, addresses.epochs_N)
 
 
 def _groups(datasets_N: IntArray, shards_N: IntArray) -> Iterator[tuple[int, int, IntArray]]:
@@ -89,14 +98,15 @@ def _cuts(shard: Shard, rows_G: IntArray, *, seq_len: int) -> tuple[IntArray, In
     return owners_K, shard.boundaries_D[indices_K] - rows_G[owners_K] * seq_len
 
 
-def _documents(samples_K: IntArray, cuts_K: IntArray, *, shape: tuple[int, int]) -> npt.NDArray[np.int32]:
-    """The number, in its row, of the piece that each token belongs to, when rows are cut at positions."""
+def _pieces(
+    samples_K: IntArray, cuts_K: IntArray, *, shape: tuple[int, int]
+) -> tuple[IntArray, npt.NDArray[np.int32], IntArray]:
+    """Lengths and numbers of the pieces that the cuts make of the rows, and each row's first piece."""
     num_samples, length = shape
     counts_N = np.bincount(samples_K, minlength=num_samples) + 1
-    first_pieces_N = np.cumsum(counts_N) - counts_N
+    first_N1 = np.concatenate([[0], np.cumsum(counts_N)])
     samples_P = np.repeat(np.arange(num_samples), counts_N)
-    numbers_P = np.arange(len(samples_P)) - first_pieces_N[samples_P]
+    numbers_P = np.arange(len(samples_P)) - first_N1[samples_P]
     begins_P = samples_P * length
     begins_P[np.flatnonzero(numbers_P)] += cuts_K[np.argsort(samples_K, kind="stable")]
-    lengths_P = np.diff(begins_P, append=num_samples * length)
-    return np.repeat(numbers_P.astype(np.int32), lengths_P).reshape(shape)
+    return np.diff(begins_P, append=num_samples * length), numbers_P.astype(np.int32), first_N1

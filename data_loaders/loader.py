@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 
-from data_loaders.gather import RowBlock, gather
+from data_loaders.gather import Chunk, gather
 from data_loaders.mixture import Mixture
 from data_loaders.permutation import IntArray
 from raydist.core.errors import ConfigError
@@ -20,8 +20,8 @@ from raydist.core.rows import Rows
 
 Item = TypeVar("Item")
 _POLL_S = 0.2
-_BLOCK_TOKENS = 1 << 20
-_BLOCK_ROWS = 2048
+_CHUNK_TOKENS = 1 << 20
+_CHUNK_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ class Loader(Generic[Item]):
 
     def rows(self, *, first_sample: int, step: int = 0) -> Rows:
         """This rank's rows of the batch that begins at a sample; reads at once, without the thread."""
-        block = self._steps.gather_from(first_sample, num_steps=1)
-        return next(block.batches(self._steps.rank_rows, first_step=step))
+        chunk = self._steps.gather_from(first_sample, num_steps=1)
+        return next(chunk.batches(self._steps.rank_rows, first_step=step))
 
     def rows_of_step(self, step: int) -> Rows:
         """This rank's rows of a step, before or after the ones that were iterated over."""
@@ -137,27 +137,35 @@ class _RankSteps:
     def rank_rows(self) -> int:
         return self.batch_rows // self.world_size
 
-    def gather_from(self, first_sample: int, *, num_steps: int) -> RowBlock:
+    def gather_from(self, first_sample: int, *, num_steps: int) -> Chunk:
         """This rank's rows of consecutive steps."""
         steps_K1 = np.arange(num_steps, dtype=np.int64)[:, None]
         samples_B = first_sample + self.rank * self.rank_rows + np.arange(self.rank_rows, dtype=np.int64)
         return gather(self.mixture, (steps_K1 * self.batch_rows + samples_B).reshape(-1))
 
-    def _block_steps(self) -> int:
+    def _chunk_steps(self) -> int:
         """Steps gathered at once: bounded in memory, and in the epochs of a tiny dataset that it spans."""
-        num_rows = min(_BLOCK_ROWS, _BLOCK_TOKENS // (self.mixture.seq_len + 1), self.mixture.num_rows)
+        num_rows = min(_CHUNK_ROWS, _CHUNK_TOKENS // (self.mixture.seq_len + 1), self.mixture.num_rows)
         return max(1, num_rows // self.rank_rows)
 
-    def items(self, first: int, *, stop: int | None) -> Iterator[Any]:
-        """The transformed batches of steps ``[first, stop)`` after the start; the first comes as soon as it can."""
+    def groups(self, first: int, *, stop: int | None, group_steps: int) -> Iterator[Iterable[Any]]:
+        """The batches of steps ``[first, stop)`` after the start; the first comes as soon as it can.
+
+        Without a transform a group is a whole chunk, whose batches are made by the thread that takes them.
+        """
         num_steps = 1
         while stop is None or first < stop:
             num_steps = num_steps if stop is None else min(num_steps, stop - first)
-            block = self.gather_from(self.start_sample + first * self.batch_rows, num_steps=num_steps)
-            batches = block.batches(self.rank_rows, first_step=self.start_step + first)
-            yield from batches if self.transform is None else map(self.transform, batches)
+            chunk = self.gather_from(self.start_sample + first * self.batch_rows, num_steps=num_steps)
+            batches = chunk.batches(self.rank_rows, first_step=self.start_step + first)
+            if self.transform is None:
+                yield batches
+            else:
+                items = map(self.transform, batches)
+                while group := list(itertools.islice(items, group_steps)):
+                    yield group
             first += num_steps
-            num_steps = self._block_steps()
+            num_steps = self._chunk_steps()
 
 
 class _Producer:
@@ -165,7 +173,7 @@ class _Producer:
 
     def __init__(self, steps: _RankSteps, *, first: int, stop: int | None, group_steps: int) -> None:
         self.stopped = threading.Event()
-        self._groups: queue.Queue[list[Any] | BaseException | None] = queue.Queue(maxsize=1)
+        self._groups: queue.Queue[Iterable[Any] | BaseException | None] = queue.Queue(maxsize=1)
         self._thread = threading.Thread(
             target=_produce,
             args=(steps, first, stop, group_steps, self._groups, self.stopped),
@@ -174,7 +182,7 @@ class _Producer:
         )
         self._thread.start()
 
-    def next_group(self) -> list[Any] | None:
+    def next_group(self) -> Iterable[Any] | None:
         group = None if self.stopped.is_set() else self._groups.get()
         if isinstance(group, BaseException):
             self.close()
@@ -191,13 +199,12 @@ def _produce(
     first: int,
     stop: int | None,
     group_steps: int,
-    groups: queue.Queue[list[Any] | BaseException | None],
+    groups: queue.Queue[Iterable[Any] | BaseException | None],
     stopped: threading.Event,
 ) -> None:
     torch.set_grad_enabled(False)
     try:
-        items = steps.items(first, stop=stop)
-        while group := list(itertools.islice(items, group_steps)):
+        for group in steps.groups(first, stop=stop, group_steps=group_steps):
             if not _hand_over(group, groups, stopped):
                 return
         _hand_over(None, groups, stopped)
@@ -206,8 +213,8 @@ def _produce(
 
 
 def _hand_over(
-    group: list[Any] | BaseException | None,
-    groups: queue.Queue[list[Any] | BaseException | None],
+    group: Iterable[Any] | BaseException | None,
+    groups: queue.Queue[Iterable[Any] | BaseException | None],
     stopped: threading.Event,
 ) -> bool:
     """Puts a group; False if the consumer is gone."""

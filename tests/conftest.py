@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # Shared and busy machines: a slow draw says nothing about the code.
@@ -9,3 +11,12 @@ settings.register_profile("raydist", deadline=None, suppress_health_check=[Healt
 settings.load_profile("raydist")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One embedded Ray for all tests marked ``xdist_group("ray")``; ends with the session."""
+    from raydist.runtime.cluster import connected
+
+    with connected(address=None, min_cpus=2):
+        yield

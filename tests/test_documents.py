@@ -39,7 +39,9 @@ def test_the_readme_shows_every_verb() -> None:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_every_path_exists(path: Path) -> None:
-    named = re.findall(r"`((?:raydist|data_loaders|jobs|tests|benchmarks|docs|clusters|sweeps)/[\w./-]*)`", path.read_text())
+    named = re.findall(
+        r"`((?:raydist|data_loaders|jobs|tests|benchmarks|docs|clusters|sweeps)/[\w./-]*)`", path.read_text()
+    )
     linked = [name for name in re.findall(r"\]\(([^)#:]+)\)", path.read_text())]
     missing = [name for name in named if not (ROOT / name).exists()]
     missing += [name for name in linked if not (path.parent / name).exists()]
@@ -54,6 +56,8 @@ def test_every_make_target_exists() -> None:
 
 def test_the_house_is_drawn_as_it_stands() -> None:
     """The table of packages names every package, and no other."""
-    drawn = set(re.findall(r"^\| `((?:raydist/)?\w+/)`", (ROOT / "docs" / "how_it_works.md").read_text(), flags=re.MULTILINE))
+    drawn = set(
+        re.findall(r"^\| `((?:raydist/)?\w+/)`", (ROOT / "docs" / "how_it_works.md").read_text(), flags=re.MULTILINE)
+    )
     packages = {f"raydist/{path.parent.name}/" for path in ROOT.glob("raydist/*/__init__.py")}
     assert drawn == packages | {"data_loaders/"}

@@ -1,1 +1,1 @@
-"""The verbs. Each module is one verb: ``HELP``, ``configure(parser)`` and ``run(args)``; heavy imports live inside ``run``."""
+"""The verbs. Each module is one verb: ``configure(parser)`` and ``run(args)``; heavy imports live inside ``run``."""

@@ -8,8 +8,6 @@ from typing import Any
 from raydist.cli.output import say, table
 from raydist.cli.runs import add_server_arguments, find_run_of
 
-HELP = "list and pull a run's artifacts"
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""

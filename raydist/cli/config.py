@@ -8,8 +8,6 @@ from typing import Any
 
 from raydist.cli.output import say
 
-HELP = "show a resolved recipe, or the JSON schema of recipes"
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""

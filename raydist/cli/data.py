@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from data_loaders.prepare import MapTasks
     from data_loaders.prepare_settings import PrepareSettings
 
-HELP = "prepare, inspect, verify and show token datasets"
 _SHOWN_CHARACTERS = 400
 
 

@@ -7,8 +7,6 @@ from typing import Any
 
 from raydist.cli.output import next_commands, say
 
-HELP = "write a run's model as a Hugging Face directory"
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""

@@ -7,8 +7,6 @@ from typing import Any
 
 from raydist.cli.output import table
 
-HELP = "list objectives, samplers and models"
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""

@@ -10,8 +10,6 @@ from raydist.cli.output import say, table
 if TYPE_CHECKING:
     from raydist.tracking.find import TrackedRun
 
-HELP = "list, show and sync tracked runs"
-
 _PARAM_CHARS = 100
 
 

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from raydist.models.decoder import Decoder
     from raydist.sampling.base import SamplerConfig
 
-HELP = "continue prompts with a trained model, by any sampler"
-
 _COMPARED_GAMMAS = (0.0, 0.35, 0.6)
 _DEFAULT_NEW_TOKENS = 128
 

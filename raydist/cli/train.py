@@ -8,8 +8,6 @@ from typing import Any
 
 from raydist.cli.output import console, next_commands, say
 
-HELP = "train a recipe on an embedded or a running Ray cluster"
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""

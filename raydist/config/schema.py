@@ -122,7 +122,8 @@ class TrackingConfig(StrictModel):
     """Where metrics and artifacts go. `metrics.jsonl` in the run directory is always written."""
 
     mlflow_uri: str | None = None
-    """MLflow server or database; null: sqlite in <output_dir>/mlflow.db, artifacts beside it. `none` turns MLflow off."""
+    """MLflow server or database. null: MLFLOW_TRACKING_URI, else sqlite in <output_dir>/mlflow.db with the artifacts beside
+    it; `none` turns MLflow off."""
     experiment: str = "raydist"
     system_metrics: bool = True
     max_artifact: str = "2GiB"
@@ -183,8 +184,3 @@ class RunConfig(StrictModel):
                 f"training.microbatch_rows = {per_pass}"
             )
         return self
-
-    @property
-    def num_microbatches(self) -> int:
-        """Forward passes of one worker in one optimizer step."""
-        return self.training.batch_rows // (self.scaling.num_workers * self.training.microbatch_rows)

@@ -89,20 +89,11 @@ class RowRng:
         word, _ = self.words(purpose, num_positions)
         return (word >> 8).to(torch.float32) * 2.0**-24
 
-    def integers(self, purpose: str, num_positions: int, *, low: int, high: int) -> Tensor:
-        """Uniform integers in [low, high], both ends included, int64 ``[B, num_positions]``.
-
-        Uses the fixed-point product of a 32-bit word with the range, whose bias is below ``range / 2**32``.
-        """
-        if not 0 < high - low + 1 <= 2**31:
-            raise ValueError(f"empty or too wide range [{low}, {high}]")
-        word, _ = self.words(purpose, num_positions)
-        return low + ((word * (high - low + 1)) >> 32)
-
     def step_integer(self, purpose: str, *, low: int, high: int) -> int:
         """One integer in [low, high] that every row of the step shares, whatever the rank or microbatch.
 
-        A plain Python number, so that shapes and masks may depend on it without a device synchronisation.
+        A plain Python number, so that shapes and masks may depend on it without a device synchronisation. Uses the
+        fixed-point product of a 32-bit word with the range, whose bias is below ``range / 2**32``.
         """
         zero = torch.zeros((), dtype=torch.int64)
         step_low, step_high = _words(torch.tensor(self.step, dtype=torch.int64))

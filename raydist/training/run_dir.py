@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from raydist.config.load import Recipe, changed_identity_keys, dump_yaml, read_resolved
 from raydist.core import storage
-from raydist.core.errors import ResumeError
+from raydist.core.errors import ConfigError, ResumeError
 
 CONFIG = "config.yaml"
 RECORD = "run.json"
@@ -34,8 +34,16 @@ def prepare_run_dir(recipe: Recipe, *, resume: bool) -> str:
     Raises:
         ResumeError: the name is in use and ``resume`` was not asked for; or it was, and there is nothing to resume or the
             configuration differs in a key that decides what the run computes.
+        ConfigError: ``output_dir`` is a bucket.
     """
     run_dir = run_dir_of(recipe)
+    if storage.is_remote(run_dir):
+        raise ConfigError(
+            "runs are kept in a folder, not in a bucket",
+            where="output_dir",
+            found=recipe.config.output_dir,
+            expected="a path that every worker reaches",
+        )
     record_path = storage.join(run_dir, RECORD)
     if not storage.exists(record_path):
         if resume:

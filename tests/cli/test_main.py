@@ -47,7 +47,11 @@ def test_import_raydist_imports_nothing_heavy() -> None:
         (["export", "/nowhere", "--to", "/tmp/x"], "", "/nowhere"),
         (["data", "inspect", "/nowhere"], "DataError", "/nowhere"),
         (["runs", "list", "--mlflow-uri", "ftp://x"], "TrackingError", "ftp://x"),
-        (["artifacts", "pull", "x", "--to", "y", "--mlflow-uri", "sqlite:////nowhere/m.db"], "TrackingError", "/nowhere"),
+        (
+            ["artifacts", "pull", "x", "--to", "y", "--mlflow-uri", "sqlite:////nowhere/m.db"],
+            "TrackingError",
+            "/nowhere",
+        ),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
 import pytest
 
 from raydist.config.load import Recipe
-from raydist.runtime.cluster import connected
 from raydist.runtime.trainer import train_on_ray
 from raydist.tracking import server
 from raydist.tracking.find import list_runs
@@ -50,12 +49,6 @@ def train_workers() -> list[int]:
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_dataset(tmp_path_factory.mktemp("dataset"))
-
-
-@pytest.fixture(scope="module")
-def ray_cluster() -> Iterator[None]:
-    with connected(address=None, min_cpus=2):
-        yield
 
 
 def a_run(recipe: Recipe, *hooks: Hook, resume: bool = False) -> tuple[str, str | None]:

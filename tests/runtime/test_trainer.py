@@ -82,7 +82,11 @@ def test_nobody_at_the_address() -> None:
         "with connected(address='127.0.0.1:1'):\n"
         "    raise SystemExit('connected')\n"
     )
-    environment = {**os.environ, "RAY_gcs_server_request_timeout_seconds": "2", "RAY_gcs_rpc_server_reconnect_timeout_s": "2"}
+    environment = {
+        **os.environ,
+        "RAY_gcs_server_request_timeout_seconds": "2",
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "2",
+    }
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert "ConfigError: no Ray cluster answers" in done.stderr, done.stderr[-2000:]
 

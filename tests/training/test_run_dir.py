@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from raydist.config.load import read_resolved
-from raydist.core.errors import ResumeError
+from raydist.core.errors import ConfigError, ResumeError
 from raydist.training.run_dir import prepare_run_dir
 from tests.training.cases import recipe_of
 
@@ -45,3 +45,8 @@ def test_resume_refuses_what_decides_the_result_and_names_it(tmp_path: Path) -> 
     with pytest.raises(ResumeError, match="differs") as caught:
         prepare_run_dir(changed, resume=True)
     assert caught.value.where == "seed, training.optimizer.learning_rate"
+
+
+def test_a_bucket_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not in a bucket"):
+        prepare_run_dir(recipe_of("data", tmp_path, output_dir="s3://bucket/runs"), resume=False)
