@@ -33,7 +33,8 @@ lint: $(VENV)/.installed-dev  ## ruff and mypy
 	@$(BIN)/mypy
 
 test: lint  ## lint, types and every test that needs no GPU
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m "not slow and not gpu"
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m "not slow and not gpu and not ray"
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -m "ray and not slow and not gpu"
 
 test-faults: $(VENV)/.installed-dev  ## kill workers in the middle of real runs (minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults -m "slow and not gpu"

@@ -82,9 +82,12 @@ def gather(mixture: Mixture, samples_N: IntArray) -> Chunk:
 def _groups(datasets_N: IntArray, shards_N: IntArray) -> Iterator[tuple[int, int, IntArray]]:
     """Dataset, shard, and which samples lie there; in the order in which the samples first need the shards."""
     keys_N = datasets_N * (int(shards_N.max(initial=0)) + 1) + shards_N
-    _, first_G = np.unique(keys_N, return_index=True)
-    for first in np.sort(first_G).tolist():
-        yield int(datasets_N[first]), int(shards_N[first]), np.flatnonzero(keys_N == keys_N[first])
+    left_N = np.arange(len(keys_N))
+    while left_N.size:
+        first = left_N[0]
+        same_N = keys_N[left_N] == keys_N[first]
+        yield int(datasets_N[first]), int(shards_N[first]), left_N[same_N]
+        left_N = left_N[~same_N]
 
 
 def _cuts(shard: Shard, rows_G: IntArray, *, seq_len: int) -> tuple[IntArray, IntArray]:

@@ -14,7 +14,6 @@ import torch
 
 from data_loaders.gather import Chunk, gather
 from data_loaders.mixture import Mixture
-from data_loaders.permutation import IntArray
 from raydist.core.errors import ConfigError
 from raydist.core.rows import Rows
 

@@ -6,6 +6,7 @@ Shards are permuted in each epoch and grouped into windows; rows are permuted in
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,14 +42,12 @@ class _Epoch:
     Attributes:
         shards_S: shard index at each place.
         starts_S1: position of the first row of each place; the last entry is the number of rows.
-        window_starts_S: position of the first row of the place's window.
-        window_sizes_S: rows of the place's window.
+        window_starts_W1: the same of each window.
     """
 
     shards_S: IntArray
     starts_S1: IntArray
-    window_starts_S: IntArray
-    window_sizes_S: IntArray
+    window_starts_W1: IntArray
 
 
 class RowOrder:
@@ -74,23 +73,20 @@ class RowOrder:
         """Addresses of samples of the dataset; sample j is position ``j % num_rows`` of epoch ``j // num_rows``."""
         epochs_N, positions_N = np.divmod(samples_N, self.num_rows)
         shards_N, local_rows_N = np.empty_like(samples_N), np.empty_like(samples_N)
-        for epoch in np.unique(epochs_N):
-            chosen_N = epochs_N == epoch
-            shards_N[chosen_N], local_rows_N[chosen_N] = self._locate_in_epoch(int(epoch), positions_N[chosen_N])
+        for epoch, chosen_N in _runs(epochs_N):
+            shards_N[chosen_N], local_rows_N[chosen_N] = self._locate_in_epoch(epoch, positions_N[chosen_N])
         return RowAddresses(epochs_N, shards_N, local_rows_N, self._first_rows_S[shards_N] + local_rows_N)
 
     def _locate_in_epoch(self, epoch: int, positions_N: IntArray) -> tuple[IntArray, IntArray]:
         layout = self._layout(epoch)
-        places_N = np.searchsorted(layout.starts_S1, positions_N, side="right") - 1
         if self._order == "shuffled":
-            window_starts_N = layout.window_starts_S[places_N]
-            positions_N = window_starts_N + keyed_permutation(
-                positions_N - window_starts_N,
-                size=layout.window_sizes_S[places_N],
-                key=order_key(self._seed, "rows", epoch),
-                tweak=window_starts_N,
-            )
-            places_N = np.searchsorted(layout.starts_S1, positions_N, side="right") - 1
+            key = order_key(self._seed, "rows", epoch)
+            positions_N = positions_N.copy()
+            for window, chosen_N in _runs(_interval(layout.window_starts_W1, positions_N)):
+                start, end = layout.window_starts_W1[window : window + 2].tolist()
+                inside_N = positions_N[chosen_N] - start
+                positions_N[chosen_N] = start + keyed_permutation(inside_N, size=end - start, key=key, tweak=start)
+        places_N = _interval(layout.starts_S1, positions_N)
         return layout.shards_S[places_N], positions_N - layout.starts_S1[places_N]
 
     def _layout(self, epoch: int) -> _Epoch:
@@ -106,7 +102,18 @@ class RowOrder:
         if self._order == "shuffled":
             shards_S = keyed_permutation(shards_S, size=num_shards, key=order_key(self._seed, "shards", epoch))
         starts_S1 = np.concatenate([[0], np.cumsum(self.rows_per_shard[shards_S])])
-        first_place_S = np.arange(num_shards) // self._window_shards * self._window_shards
-        end_place_S = np.minimum(first_place_S + self._window_shards, num_shards)
-        window_starts_S = starts_S1[first_place_S]
-        return _Epoch(shards_S, starts_S1, window_starts_S, starts_S1[end_place_S] - window_starts_S)
+        window_starts_W1 = np.append(starts_S1[: num_shards : self._window_shards], starts_S1[-1])
+        return _Epoch(shards_S, starts_S1, window_starts_W1)
+
+
+def _interval(starts_K1: IntArray, positions_N: IntArray) -> IntArray:
+    """Which of consecutive intervals, some perhaps empty, each position lies in."""
+    return np.searchsorted(starts_K1, positions_N, side="right") - 1
+
+
+def _runs(values_N: IntArray) -> Iterator[tuple[int, slice]]:
+    """Stretches of equal values. Neighbouring samples share their epoch and mostly their window, so they are few."""
+    begins_R = np.flatnonzero(np.diff(values_N, prepend=-1))
+    ends_R = np.append(begins_R[1:], len(values_N))
+    for begin, end in zip(begins_R.tolist(), ends_R.tolist(), strict=True):
+        yield int(values_N[begin]), slice(begin, end)

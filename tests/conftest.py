@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """One embedded Ray for all tests marked ``xdist_group("ray")``; ends with the session."""
+    """One embedded Ray for all tests marked ``ray``, which run in one process; ends with the session."""
     from raydist.runtime.cluster import connected
 
     with connected(address=None, min_cpus=2):

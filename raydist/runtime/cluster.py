@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from raydist.config.schema import ScalingConfig
 from raydist.core.errors import CapacityError, ConfigError
 from raydist.core.log import quiet_libraries
+
+_CONNECT_TIMEOUT_S = 5.0
 
 # Read by Ray in this process and handed on to its controller and workers; a user's own values win.
 _RAY_ENV = {
@@ -39,29 +43,42 @@ def connected(*, address: str | None, min_cpus: float = 1.0) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    try:
-        if address is None:
-            ray.init(
-                num_cpus=max(os.cpu_count() or 1, int(-(-min_cpus // 1))),
-                include_dashboard=True,
-                dashboard_host="127.0.0.1",
-                log_to_driver=False,
-                logging_level="ERROR",
-            )
-        else:
+    if address is None:
+        ray.init(
+            num_cpus=max(os.cpu_count() or 1, math.ceil(min_cpus)),
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+    else:
+        try:
+            _require_listener(address)
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, ValueError) as error:
-        raise ConfigError(
-            "no Ray cluster answers",
-            where=f"--address {address}",
-            found=" ".join(str(error).split())[:300],
-            fix="check the address, or leave --address away to use a Ray inside this process",
-        ) from None
+        except (OSError, ValueError) as error:  # ConnectionError is an OSError
+            raise ConfigError(
+                "no Ray cluster answers",
+                where=f"--address {address}",
+                found=" ".join(str(error).split())[:300],
+                fix="check the address, or leave --address away to use a Ray inside this process",
+            ) from None
     quiet_libraries()
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_listener(address: str) -> None:
+    """Ray's client ends the whole process where nobody listens, so this asks first.
+
+    Raises:
+        OSError: nobody listens at the host and port.
+        ValueError: the port is no number.
+    """
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if separator:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
 
 
 def require_capacity(scaling: ScalingConfig) -> None:

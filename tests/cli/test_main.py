@@ -97,8 +97,12 @@ def test_config_show_prints_what_it_resolves_to(capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize(
     ("what", "names"),
-    [("objectives", {"next_token", "set_block"}), ("samplers", {"autoregressive", "set_block"}), ("models", {"debug", "llama3.1-8b", "qwen3-8b"})],
-)  # fmt: skip
+    [
+        ("objectives", {"next_token", "set_block"}),
+        ("samplers", {"autoregressive", "set_block"}),
+        ("models", {"debug", "llama3.1-8b", "qwen3-8b"}),
+    ],
+)
 def test_list(what: str, names: set[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", what, "--json"]) == 0
     out, err = capsys.readouterr()

@@ -10,7 +10,7 @@ import yaml
 
 from raydist.cli.main import main
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.ray
 
 RECIPE = {
     "name": "small",
