@@ -137,6 +137,8 @@ class ScalingConfig(StrictModel):
     num_workers: PositiveInt = 1
     use_gpu: bool = False
     cpus_per_worker: PositiveFloat = 1.0
+    reshard_after_forward: bool = True
+    """True frees a block's gathered weights between forward and backward; False keeps them: more memory, fewer collectives."""
     max_failures: int = Field(default=3, ge=-1)
     """Worker failures survived before the run is given up; -1 for any number."""
     collective_timeout_s: PositiveFloat = 1800.0

@@ -17,7 +17,15 @@ from raydist.fsdp_utils.precision import Precision, mixed_precision
 from raydist.models.decoder import Decoder
 
 
-def apply_fsdp(decoder: Decoder, *, mesh: DeviceMesh, precision: Precision, recompute: str, compile: bool) -> None:
+def apply_fsdp(
+    decoder: Decoder,
+    *,
+    mesh: DeviceMesh,
+    precision: Precision,
+    recompute: str,
+    compile: bool,
+    reshard_after_forward: bool = True,
+) -> None:
     """Shards a decoder in place, one FSDP group a block and one for the rest.
 
     The embedding, the last norm and the head are in the root's group, so tied weights are gathered and reduced once.
@@ -32,6 +40,8 @@ def apply_fsdp(decoder: Decoder, *, mesh: DeviceMesh, precision: Precision, reco
         precision: of ``training.precision``.
         recompute: ``"block"`` recomputes each block's activations in the backward, ``"none"`` keeps them.
         compile: whether each block is compiled.
+        reshard_after_forward: free a block's gathered parameters after its forward and gather them again in the backward
+            (ZeRO-3); False keeps them (ZeRO-2): a third of the collectives less, for the memory of a whole gathered model.
     """
     policy = mixed_precision(precision)
     for block in decoder.blocks:
@@ -39,7 +49,7 @@ def apply_fsdp(decoder: Decoder, *, mesh: DeviceMesh, precision: Precision, reco
             _recompute_in_backward(block)
         if compile:
             block.compile()
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     fully_shard(decoder, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in fsdp_modules(decoder):
         module.set_gradient_divide_factor(1.0)

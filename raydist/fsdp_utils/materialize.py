@@ -40,6 +40,7 @@ def materialize(
     precision: Precision = "fp32",
     recompute: str = "none",
     compile: bool = False,
+    reshard_after_forward: bool = True,
     weights: WeightSource | None = None,
     attention: AttentionBackend = "sdpa",
 ) -> Decoder:
@@ -56,6 +57,7 @@ def materialize(
         precision: see :func:`raydist.fsdp_utils.precision.mixed_precision`.
         recompute: see :func:`raydist.fsdp_utils.apply.apply_fsdp`.
         compile: see :func:`raydist.fsdp_utils.apply.apply_fsdp`.
+        reshard_after_forward: see :func:`raydist.fsdp_utils.apply.apply_fsdp`.
         weights: stored weights to load.
         attention: kernel of the decoder.
 
@@ -64,7 +66,14 @@ def materialize(
     """
     with torch.device("meta"):
         decoder = Decoder(config, attention=attention)
-    apply_fsdp(decoder, mesh=mesh, precision=precision, recompute=recompute, compile=compile)
+    apply_fsdp(
+        decoder,
+        mesh=mesh,
+        precision=precision,
+        recompute=recompute,
+        compile=compile,
+        reshard_after_forward=reshard_after_forward,
+    )
     decoder.to_empty(device=device)
     decoder.retie()
     _fill_with_sentinel(decoder)

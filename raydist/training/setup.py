@@ -75,6 +75,7 @@ def assemble(config: RunConfig, workers: Workers) -> Assembly:
         precision=training.precision,
         recompute=config.model.recompute,
         compile=config.model.compile,
+        reshard_after_forward=config.scaling.reshard_after_forward,
         weights=initial_weights(config.model, model_config),
         attention=_attention(config, workers),
     )

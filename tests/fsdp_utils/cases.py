@@ -73,6 +73,7 @@ class Case:
     family: str = "llama"
     precision: str = "fp32"
     recompute: str = "none"
+    reshard_after_forward: bool = True
     num_microbatches: int = 1
 
 
@@ -82,6 +83,7 @@ CASES = (
     Case("qwen3", tied=True, family="qwen3"),
     Case("recompute", tied=False, recompute="block", num_microbatches=2),
     Case("accumulated", tied=True, num_microbatches=2),
+    Case("gathered-once", tied=False, reshard_after_forward=False, num_microbatches=2),
     Case("bf16", tied=True, precision="bf16", num_microbatches=2),
 )
 
@@ -90,7 +92,11 @@ def compute(workers: Workers, folder: str) -> None:
     """Every case: initial weights, then weights seen by the model, then gradients, into ``folder``."""
     mesh = make_mesh(workers)
     for case in CASES:
-        options: dict[str, Any] = {"precision": case.precision, "recompute": case.recompute}
+        options: dict[str, Any] = {
+            "precision": case.precision,
+            "recompute": case.recompute,
+            "reshard_after_forward": case.reshard_after_forward,
+        }
         config = tiny_config(tied=case.tied, family=case.family)
         decoder = materialize(config, mesh=mesh, device=workers.device, seed=SEED, **options)
         assert (decoder.head.weight is decoder.embedding.weight) == case.tied
