@@ -20,7 +20,7 @@ DATASET = "runs/data/python-library"
 RECIPE = "jobs/recipes/quickstart.yaml"
 RUN_DIR = "runs/quickstart"
 PULLED = "runs/pulled/quickstart"
-TOKENIZER = "bpe:1024"
+TOKENIZER = "bytes"
 LEFT_OUT = ["test/*", "tests/*", "*/test/*", "*/tests/*", "site-packages/*", "idlelib/*", "lib2to3/*", "ensurepip/*"]
 
 
@@ -44,7 +44,20 @@ def main() -> None:
     with connected(address=None, min_cpus=2):  # each of the two would start a Ray of its own; one start is enough
         stage(
             "1 of 5  a token dataset from the interpreter's own library",
-            *("data", "prepare", library, "--out", DATASET, "--tokenizer", TOKENIZER, "--include", "*.py", *excludes),
+            *(
+                "data",
+                "prepare",
+                library,
+                "--out",
+                DATASET,
+                "--tokenizer",
+                TOKENIZER,
+                "--include",
+                "*.py",
+                *excludes,
+                "--validation-fraction",
+                "0.05",
+            ),
         )
         stage("2 of 5  Set Block Decoding on two Ray Train workers, sharded by FSDP2", "train", RECIPE)
     stage("3 of 5  the run as MLflow has it", "runs", "list", "--experiment", "quickstart")
