@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --no-input -c constraints.txt
+PIP    := $(BIN)/pip install -qq --disable-pip-version-check --no-input -c constraints.txt
 
 .PHONY: help install install-dev quickstart lint test test-faults bench clean
 
