@@ -1,307 +1,224 @@
-"""Tokens per second of the loader beside other loaders, on the same rows, in interleaved repeats, one thread each.
+"""Tokens per second of the loader beside other loaders, on the same rows, in interleaved repeats on one thread each.
 
-    python benchmarks/loader.py [--peer-python PATH] [--repeats 5] [--rows 40000]
+    python benchmarks/loader.py [--peer-python PATH] [--repeats 7] [--rows 40960]
 
-Every contender runs in its own process, so that a peer may live in another virtual environment (``--peer-python``). A pass
-reads every row once, in batches of int64 torch tensors. numpy memmap reads rows in a random order that was drawn before and
-does nothing else: it is the bar, not a loader. The result goes to ``benchmarks/results/loader.json``.
+Every contender (``loader_contenders.py``) runs in its own process, so that the peers may live in another virtual environment.
+All read every row in a random order, in batches of 32 int64 rows, and the sums of all tokens must agree. Only raydist also
+makes document numbers, row ids and epochs, and computes its order on the way. numpy memmap is the bar, not a loader.
+
+A ratio is taken of two measurements of the same round, and the median of these ratios is the result. It goes to
+``benchmarks/results/loader.json``, with the time that each part of the loader takes for a batch.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import itertools
-import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-SEQ_LEN, BATCH_ROWS = 512, 32
-NUM_SHARDS = 8
-RESUME_ROW, RESUME_SEQ_LEN = 1_000_000, 16
-CONTENDERS = {
-    "raydist": None,
-    "numpy memmap": "numpy",
-    "datasets": "datasets",
-    "litdata": "litdata",
-    "streaming": "mosaicml-streaming",
-}
-Pass = Callable[[], int]
+from common import Contender, Ratio, environment, write_result
+from loader_contenders import BATCH_ROWS, ENTRIES, NUM_SHARDS, SEQ_LEN, open_mixture, write_dataset, write_rows
+
+SCRIPT = Path(__file__).resolve().parent / "loader_contenders.py"
+OWN, BAR = "raydist", "numpy memmap"
+RESUME_ROW, RESUME_SEQ_LEN, RESUME_ROWS = 1_000_000, 16, 1_100_000
+BAR_GOAL, PEER_GOAL, RESUME_GOAL_MS = 0.5, 10.0, 100.0
+PART_ROWS = 4096
+BAR_LIMIT = (
+    "Both gather rows from mapped files and cast them to int64, which is all that numpy memmap does. Beside that the loader "
+    "computes the order, sorts rows by shard and back, numbers the documents and makes the record; parts_us_per_batch tells "
+    "what these cost. A second thread does not hide it from a consumer that does nothing else, because the calls are too "
+    "short to pass Python's lock to and fro; a consumer that trains leaves the lock free."
+)
 
 
-def write_tokens(folder: Path, *, num_rows: int) -> None:
-    import numpy as np
-
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, 4096, size=(num_rows, SEQ_LEN), dtype=np.uint16)
-    np.save(folder / "rows.npy", tokens)
-    _write_raydist(folder / "raydist", tokens.reshape(-1))
-
-
-def _write_raydist(folder: Path, tokens_T: Any) -> None:
-    import numpy as np
-
-    from data_loaders.manifest import Manifest, SpecialIds, write_manifest
-    from data_loaders.shards import SUFFIX, ShardColumns, write_shard
-
-    rng = np.random.default_rng(1)
-    entries = []
-    for index, part_T in enumerate(np.array_split(tokens_T, NUM_SHARDS)):
-        part_T = np.append(part_T, part_T[:1])
-        cuts = np.cumsum(rng.integers(200, 2000, size=len(part_T) // 200))
-        offsets_D = np.concatenate([[0], cuts[cuts < len(part_T)], [len(part_T)]]).astype(np.int64)
-        columns = ShardColumns(part_T, offsets_D, [str(d) for d in range(len(offsets_D) - 1)])
-        entries.append(write_shard(str(folder), name=f"shard-{index:05d}{SUFFIX}", columns=columns))
-    manifest = Manifest(
-        "bench", "train", tuple(entries), "tokenizer.json", "0" * 64, "bytes", 4096, SpecialIds(), "uint16"
-    )
-    write_manifest(str(folder), manifest)
+def measure_passes(contenders: Mapping[str, Contender], *, repeats: int) -> dict[str, list[dict[str, Any]]]:
+    """Passes of all contenders in turn, after a check that all read the same rows."""
+    checks = {name: contender.ask(order="check") for name, contender in contenders.items()}
+    if len({(check["num_rows"], check["checksum"]) for check in checks.values()}) != 1:
+        raise SystemExit(f"the contenders read different rows: {checks}")
+    passes: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name, contender in contenders.items():
+            passes[name].append(contender.ask(order="measure"))
+    return passes
 
 
-def raydist_pass(folder: Path) -> Pass:
-    loader_of = _raydist_loader(folder, seq_len=SEQ_LEN)
-
-    def run() -> int:
-        loader, num_rows = loader_of(0)
-        return sum(len(rows) for rows in itertools.islice(loader, num_rows // BATCH_ROWS))
-
-    return run
-
-
-def _raydist_loader(folder: Path, *, seq_len: int) -> Callable[[int], tuple[Any, int]]:
-    from data_loaders.cache import NodeCache
-    from data_loaders.loader import Loader
-    from data_loaders.mixture import DatasetWeight, open_mixture
-
-    def make(start_sample: int) -> tuple[Any, int]:
-        cache = NodeCache(str(folder / "cache"))
-        mixture = open_mixture([DatasetWeight(str(folder / "raydist"))], cache=cache, seq_len=seq_len, seed=0)
-        return Loader(mixture, batch_rows=BATCH_ROWS, start_sample=start_sample, prefetch_steps=8), mixture.num_rows
-
-    return make
-
-
-def memmap_pass(folder: Path) -> Pass:
-    import numpy as np
-    import torch
-
-    rows = np.load(folder / "rows.npy", mmap_mode="r")
-    order = np.random.default_rng(2).permutation(len(rows))
-
-    def run() -> int:
-        count = 0
-        for start in range(0, len(rows) - BATCH_ROWS + 1, BATCH_ROWS):
-            count += len(torch.from_numpy(rows[order[start : start + BATCH_ROWS]].astype(np.int64)))
-        return count
-
-    return run
-
-
-def datasets_pass(folder: Path) -> Pass:
-    import datasets
-    import numpy as np
-    import torch
-
-    target = folder / "datasets"
-    if not target.exists():
-        rows = np.load(folder / "rows.npy")
-        features = datasets.Features({"tokens": datasets.List(datasets.Value("uint16"), length=SEQ_LEN)})
-        datasets.Dataset.from_dict({"tokens": rows}, features=features).save_to_disk(str(target))
-    table = datasets.load_from_disk(str(target)).with_format("torch", dtype=torch.int64)
-    order = np.random.default_rng(2).permutation(len(table))
-
-    def run() -> int:
-        starts = range(0, len(table) - BATCH_ROWS + 1, BATCH_ROWS)
-        return sum(len(table[order[start : start + BATCH_ROWS]]["tokens"]) for start in starts)
-
-    return run
-
-
-def litdata_pass(folder: Path) -> Pass:
-    import litdata
-    import numpy as np
-    import torch
-
-    target = folder / "litdata"
-    if not target.exists():
-        rows = np.load(folder / "rows.npy")
-        writer = litdata.streaming.writer.BinaryWriter(str(target), chunk_bytes="64MB")
-        for index, row in enumerate(rows):
-            writer.add_item(index, torch.from_numpy(row.astype(np.int64)))
-        writer.done()
-        writer.merge()
-    dataset = litdata.StreamingDataset(str(target), shuffle=True, drop_last=True)
-
-    def run() -> int:
-        return sum(len(batch) for batch in litdata.StreamingDataLoader(dataset, batch_size=BATCH_ROWS, num_workers=0))
-
-    return run
-
-
-def streaming_pass(folder: Path) -> Pass:
-    import numpy as np
-    import streaming
-    import torch
-
-    target = folder / "streaming"
-    if not target.exists():
-        with streaming.MDSWriter(out=str(target), columns={"tokens": f"ndarray:int64:{SEQ_LEN}"}) as writer:
-            for row in np.load(folder / "rows.npy"):
-                writer.write({"tokens": row.astype(np.int64)})
-    dataset = streaming.StreamingDataset(local=str(target), shuffle=True, batch_size=BATCH_ROWS)
-
-    def run() -> int:
-        return sum(len(batch["tokens"]) for batch in torch.utils.data.DataLoader(dataset, batch_size=BATCH_ROWS))
-
-    return run
-
-
-PASSES: dict[str, Callable[[Path], Pass]] = {
-    "raydist": raydist_pass,
-    "numpy memmap": memmap_pass,
-    "datasets": datasets_pass,
-    "litdata": litdata_pass,
-    "streaming": streaming_pass,
-}
-
-
-def work(name: str, folder: Path) -> None:
-    """A contender's process: one pass for each line on stdin, one JSON line each on stdout."""
-    import torch
-
-    torch.set_num_threads(1)
-    try:
-        run = PASSES[name](folder)
-    except Exception as error:
-        print(json.dumps({"absent": f"{type(error).__name__}: {error}"[:200]}), flush=True)
-        return
-    package = CONTENDERS[name]
-    print(json.dumps({"version": importlib.metadata.version(package) if package else "this repository"}), flush=True)
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        num_rows = run()
-        print(json.dumps({"tokens_per_s": num_rows * SEQ_LEN / (time.perf_counter() - start)}), flush=True)
-
-
-class Contender:
-    """A contender's process, seen from the outside."""
-
-    def __init__(self, name: str, *, python: str, folder: Path) -> None:
-        root = str(Path(__file__).resolve().parent.parent)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "HF_HUB_OFFLINE": "1"}
-        command = [python, __file__, "--worker", name, "--folder", str(folder)]
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
+def compare(folder: Path, *, peer_python: str, repeats: int) -> list[dict[str, Any]]:
+    """All contenders on the rows of a folder, with raydist's ratio to each."""
+    contenders = {
+        name: Contender(
+            SCRIPT,
+            {"name": name, "folder": str(folder)},
+            python=sys.executable if name in (OWN, BAR) else peer_python,
         )
-        self.hello = self._answer()
+        for name in ENTRIES
+    }
+    try:
+        hellos = {name: contender.ask(order="open") for name, contender in contenders.items()}
+        present = {name: contenders[name] for name, hello in hellos.items() if "absent" not in hello}
+        passes = measure_passes(present, repeats=repeats)
+    finally:
+        for contender in contenders.values():
+            contender.close()
+    return [
+        {"name": name, "work": ENTRIES[name].work, **hellos[name]}
+        | (_summary(passes[name], own=passes[OWN]) if name in passes else {})
+        for name in ENTRIES
+    ]
 
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        return {"absent": f"ended with code {self.process.wait()}"}
 
-    def measure(self) -> float:
-        """Tokens per second of one pass."""
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        return self._answer()["tokens_per_s"]
+def _summary(passes: Sequence[Mapping[str, Any]], *, own: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    speeds = [one["num_rows"] * SEQ_LEN / one["wall_s"] for one in passes]
+    own_speeds = [one["num_rows"] * SEQ_LEN / one["wall_s"] for one in own]
+    return {
+        "tokens_per_s": {
+            "median": round(statistics.median(speeds)),
+            "min": round(min(speeds)),
+            "max": round(max(speeds)),
+        },
+        "wall_us_per_batch": _us_per_batch(passes, "wall_s"),
+        "cpu_us_per_batch": _us_per_batch(passes, "cpu_s"),
+        "raydist_speed_ratio": Ratio(own_speeds, speeds).as_json(),
+    }
 
-    def close(self) -> None:
-        """Ends the process."""
-        self.process.communicate()
+
+def _us_per_batch(passes: Sequence[Mapping[str, Any]], clock: str) -> float:
+    return round(statistics.median(1e6 * one[clock] * BATCH_ROWS / one["num_rows"] for one in passes), 1)
+
+
+def parts_us_per_batch(folder: Path, *, repeats: int) -> dict[str, float]:
+    """Microseconds that the loader's parts take for a batch, each alone on one thread; medians."""
+    import numpy as np
+
+    from data_loaders.gather import gather
+
+    mixture = open_mixture(folder, seq_len=SEQ_LEN)
+    chunks = [np.arange(first, first + PART_ROWS) for first in range(0, mixture.num_rows - PART_ROWS + 1, PART_ROWS)]
+    num_batches = len(chunks) * PART_ROWS // BATCH_ROWS
+
+    def microseconds(part: Callable[[Any], Any], inputs: Sequence[Any]) -> float:
+        laps = []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            for one in inputs:
+                part(one)
+            laps.append(1e6 * (time.perf_counter() - start) / num_batches)
+        return statistics.median(laps[1:])
+
+    order = microseconds(mixture.locate, chunks)
+    read = microseconds(lambda samples_N: gather(mixture, samples_N), chunks)
+    gathered = [gather(mixture, samples_N) for samples_N in chunks]
+    batches = microseconds(lambda chunk: sum(map(len, chunk.batches(BATCH_ROWS, first_step=0))), gathered)
+    return {
+        "order": round(order, 1),
+        "rows out of shards, and where documents begin": round(read - order, 1),
+        "cast, document numbers, record": round(batches, 1),
+    }
 
 
 def resume_ms(folder: Path, *, repeats: int) -> list[float]:
-    """Milliseconds from nothing opened to the first batch at row 10^6, shards on the node."""
+    """Milliseconds from nothing opened to the first batch at ``RESUME_ROW``, with the shards on the node."""
     import numpy as np
 
-    _write_raydist(folder / "raydist", np.zeros((RESUME_ROW + 100_000) * RESUME_SEQ_LEN, dtype=np.uint16))
-    make = _raydist_loader(folder, seq_len=RESUME_SEQ_LEN)
+    from data_loaders.loader import Loader
+
+    write_dataset(
+        folder / "raydist", np.zeros(RESUME_ROWS * RESUME_SEQ_LEN + 1, dtype=np.uint16), seq_len=RESUME_SEQ_LEN
+    )
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        loader, _ = make(RESUME_ROW)
+        mixture = open_mixture(folder, seq_len=RESUME_SEQ_LEN)
+        loader: Loader[Any] = Loader(mixture, batch_rows=BATCH_ROWS, start_sample=RESUME_ROW)
         next(iter(loader))
-        times.append(1e3 * (time.perf_counter() - start))
+        times.append(round(1e3 * (time.perf_counter() - start), 2))
         loader.close()
     return times[1:]
 
 
-def measure_all(folder: Path, *, python: str, repeats: int) -> Iterator[dict[str, Any]]:
-    contenders = {
-        name: Contender(
-            name, python=python if name not in ("raydist", "numpy memmap") else sys.executable, folder=folder
-        )
-        for name in CONTENDERS
+def judge(results: Sequence[Mapping[str, Any]], resume: Sequence[float]) -> dict[str, Any]:
+    """The goals, what was reached, and what stands against those that were missed."""
+    present = {result["name"]: result for result in results if "absent" not in result}
+    ratios = {name: result["raydist_speed_ratio"]["median"] for name, result in present.items()}
+    first_batch_ms = statistics.median(resume)
+    goals: dict[str, Any] = {
+        f"speed relative to {BAR}": _goal(ratios[BAR], BAR_GOAL, met=ratios[BAR] >= BAR_GOAL, limit=BAR_LIMIT),
+        "milliseconds to the first batch after a resume": _goal(
+            first_batch_ms, RESUME_GOAL_MS, met=first_batch_ms < RESUME_GOAL_MS
+        ),
     }
-    present = {name: contender for name, contender in contenders.items() if "absent" not in contender.hello}
-    speeds: dict[str, list[float]] = {name: [] for name in present}
-    for repeat in range(repeats + 1):
-        for name, contender in present.items():
-            speed = contender.measure()
-            if repeat:
-                speeds[name].append(speed)
-    for name, contender in contenders.items():
-        contender.close()
-        if name in speeds:
-            middle = statistics.median(speeds[name])
-            yield {"name": name, "tokens_per_s": middle, "all_tokens_per_s": speeds[name], **contender.hello}
-        else:
-            yield {"name": name, **contender.hello}
+    peers = sorted(ratios.keys() - {OWN, BAR}, key=ratios.__getitem__)
+    if peers:
+        best = peers[0]
+        bar, peer = (present[name]["tokens_per_s"]["median"] / 1e6 for name in (BAR, best))
+        goals[f"speed relative to the best peer, {best}"] = _goal(
+            ratios[best],
+            PEER_GOAL,
+            met=ratios[best] >= PEER_GOAL,
+            limit=f"Ten times this peer is {10 * peer:.0f} million tokens per second; {BAR}, which only gathers and casts, "
+            f"reaches {bar:.0f}, and raydist stays below it as said there.",
+        )
+    return goals
+
+
+def _goal(reached: float, goal: float, *, met: bool, limit: str | None = None) -> dict[str, Any]:
+    return {"reached": reached, "goal": goal, "met": met} | ({} if met or limit is None else {"limit": limit})
+
+
+def show(content: Mapping[str, Any]) -> None:
+    """Prints a result for people."""
+    for result in content["results"]:
+        if "absent" in result:
+            print(f"{result['name']:<24} absent: {result['absent']}")
+            continue
+        ratio, speed = result["raydist_speed_ratio"], result["tokens_per_s"]
+        print(
+            f"{result['name']:<24}{speed['median'] / 1e6:8.1f} Mtokens/s   raydist is "
+            f"{ratio['median']:.2f} times as fast ({ratio['min']:.2f} to {ratio['max']:.2f})"
+        )
+    for part, microseconds in content["parts_us_per_batch"].items():
+        print(f"  {microseconds:6.1f} us a batch: {part}")
+    for name, goal in content["goals"].items():
+        print(f"{name}: {goal['reached']:.2f} (goal {goal['goal']}), {'met' if goal['met'] else 'missed'}")
 
 
 def main() -> None:
+    """Measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter of the peers' environment")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=40_000)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "loader.json")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--rows", type=int, default=40_960, help=f"a multiple of {BATCH_ROWS * NUM_SHARDS}")
     args = parser.parse_args()
-    if args.worker:
-        work(args.worker, args.folder)
-        return
+    if args.rows % (BATCH_ROWS * NUM_SHARDS) or args.rows < PART_ROWS:
+        parser.error(f"--rows must be a multiple of {BATCH_ROWS * NUM_SHARDS}, at least {PART_ROWS}")
+    load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as scratch:
-        write_tokens(Path(scratch), num_rows=args.rows)
-        results = list(measure_all(Path(scratch), python=args.peer_python, repeats=args.repeats))
+        write_rows(Path(scratch), num_rows=args.rows)
+        results = compare(Path(scratch), peer_python=args.peer_python, repeats=args.repeats)
+        parts = parts_us_per_batch(Path(scratch), repeats=args.repeats)
         resume = resume_ms(Path(scratch) / "resume", repeats=args.repeats)
-    ours = results[0]["tokens_per_s"]
-    for result in results:
-        if "absent" in result:
-            print(f"{result['name']:<14} absent: {result['absent']}")
-        else:
-            ratio = ours / result["tokens_per_s"]
-            print(f"{result['name']:<14} {result['tokens_per_s'] / 1e6:9.1f} Mtokens/s   raydist / this = {ratio:.2f}")
-    print(f"first batch after resume at row {RESUME_ROW}: {statistics.median(resume):.1f} ms (median of {len(resume)})")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     content = {
+        "command": f"python benchmarks/loader.py --peer-python PATH --repeats {args.repeats} --rows {args.rows}",
+        "environment": environment("torch", "numpy"),
+        "load_average": {"before": round(load_before, 2), "after": round(os.getloadavg()[0], 2)},
         "rows": args.rows,
         "seq_len": SEQ_LEN,
         "batch_rows": BATCH_ROWS,
-        "python": platform.python_version(),
-        "cpus": os.cpu_count(),
+        "threads_of_operators": 1,
         "results": results,
-        "resume_row": RESUME_ROW,
-        "resume_ms": resume,
+        "parts_us_per_batch": parts,
+        "resume": {"row": RESUME_ROW, "seq_len": RESUME_SEQ_LEN, "first_batch_ms": resume},
+        "goals": judge(results, resume),
     }
-    args.out.write_text(json.dumps(content, indent=2) + "\n")
+    show(content)
+    print(f"written: {write_result('loader', content).name}")
 
 
 if __name__ == "__main__":

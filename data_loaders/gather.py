@@ -5,7 +5,6 @@ Many samples are read at once, because a numpy call costs more than the few rows
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from data_loaders.mixture import Mixture
 from data_loaders.permutation import IntArray
 from data_loaders.shards import Shard
 from raydist.core.rows import Rows
-
-_WIDENED_TOKENS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -46,24 +42,21 @@ class Chunk:
     epochs_N: IntArray
 
     def batches(self, num_rows: int, *, first_step: int) -> Iterator[Rows]:
-        """Batches of ``num_rows`` rows, widened a few at a time when they are taken, in the CPU's cache."""
-        num_samples, length = self.tokens_NS.shape
-        part_rows = max(1, _WIDENED_TOKENS // (num_rows * length)) * num_rows
-        step = itertools.count(first_step)
-        for start in range(0, num_samples, part_rows):
-            columns = [column.split(num_rows) for column in self._widened(start, min(start + part_rows, num_samples))]
-            for tokens_BS, documents_BS, rows_B, epochs_B, *mask in zip(*columns, strict=True):
-                yield Rows(next(step), tokens_BS, documents_BS, mask[0] if mask else None, rows_B, epochs_B)
+        """Batches of ``num_rows`` rows, each widened when it is taken, so that its tensors stay in the CPU's cache."""
+        for index in range(len(self.rows_N) // num_rows):
+            yield self._batch(index * num_rows, (index + 1) * num_rows, step=first_step + index)
 
-    def _widened(self, start: int, stop: int) -> list[Tensor]:
-        """Tokens, documents, rows, epochs, and the loss mask if there is one, of samples ``[start, stop)``."""
-        tokens_BS = self.tokens_NS[start:stop].astype(np.int64)
+    def _batch(self, start: int, stop: int, *, step: int) -> Rows:
         pieces = slice(self.first_pieces_N1[start], self.first_pieces_N1[stop])
-        documents_BS = self.piece_numbers_P[pieces].repeat(self.piece_lengths_P[pieces]).reshape(tokens_BS.shape)
-        columns = [tokens_BS, documents_BS, self.rows_N[start:stop], self.epochs_N[start:stop]]
-        if self.loss_mask_NS is not None:
-            columns.append(self.loss_mask_NS[start:stop])
-        return [torch.from_numpy(column) for column in columns]
+        documents_T = self.piece_numbers_P[pieces].repeat(self.piece_lengths_P[pieces])
+        return Rows(
+            step=step,
+            tokens_BS=torch.from_numpy(self.tokens_NS[start:stop].astype(np.int64)),
+            documents_BS=torch.from_numpy(documents_T.reshape(stop - start, -1)),
+            loss_mask_BS=None if self.loss_mask_NS is None else torch.from_numpy(self.loss_mask_NS[start:stop]),
+            rows_B=torch.from_numpy(self.rows_N[start:stop]),
+            epochs_B=torch.from_numpy(self.epochs_N[start:stop]),
+        )
 
 
 def gather(mixture: Mixture, samples_N: IntArray) -> Chunk:

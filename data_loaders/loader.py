@@ -19,8 +19,8 @@ from raydist.core.rows import Rows
 
 Item = TypeVar("Item")
 _POLL_S = 0.2
-_CHUNK_TOKENS = 1 << 20
-_CHUNK_ROWS = 2048
+_CHUNK_TOKENS = 1 << 21
+_CHUNK_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Loader(Generic[Item]):
         start_sample: samples consumed before (``LoaderState.samples_consumed``).
         start_step: the step number of the first batch.
         num_steps: batches to yield, or None for ever.
-        prefetch_steps: batches handed over at a time; the next such group is prepared meanwhile.
+        prefetch_steps: transformed batches handed over at a time; the next such group is prepared meanwhile.
+            Without a transform, compact chunks of rows are read ahead and become batches when they are taken.
         transform: applied to each batch in the background thread, for example an objective's corruption.
 
     Raises:
@@ -108,6 +109,8 @@ class Loader(Generic[Item]):
         try:
             while (group := producer.next_group()) is not None:
                 for item in group:
+                    if producer.stopped.is_set():
+                        return
                     self._steps_consumed += 1
                     yield item
         finally:

@@ -5,6 +5,7 @@ Shards are permuted in each epoch and grouped into windows; rows are permuted in
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -113,7 +114,6 @@ def _interval(starts_K1: IntArray, positions_N: IntArray) -> IntArray:
 
 def _runs(values_N: IntArray) -> Iterator[tuple[int, slice]]:
     """Stretches of equal values. Neighbouring samples share their epoch and mostly their window, so they are few."""
-    begins_R = np.flatnonzero(np.diff(values_N, prepend=-1))
-    ends_R = np.append(begins_R[1:], len(values_N))
-    for begin, end in zip(begins_R.tolist(), ends_R.tolist(), strict=True):
+    bounds = np.flatnonzero(np.diff(values_N, prepend=-1, append=-1)).tolist()
+    for begin, end in itertools.pairwise(bounds):
         yield int(values_N[begin]), slice(begin, end)

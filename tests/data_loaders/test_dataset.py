@@ -45,7 +45,20 @@ def test_rows_are_views_of_the_mapped_file(dataset: Callable[..., str], cache: N
     assert not shard.tokens_T.flags.owndata
     assert not shard.tokens_T.flags.writeable
     assert shard.offsets_D.tolist() == [0, 30, 50]
-    assert shard.rows(np.array([0, 45]), length=5).tolist() == [[0, 1, 2, 3, 4], [45, 46, 47, 48, 49]]
+    rows = shard.rows(7)
+    assert np.shares_memory(rows.tokens_RS, shard.tokens_T)
+    assert rows.tokens_RS.tolist() == [list(range(7 * r, 7 * r + 8)) for r in range(7)]
+
+
+def test_cuts_of_rows_are_the_boundaries_inside_them(dataset: Callable[..., str], cache: NodeCache) -> None:
+    """A boundary at a row's last token cuts that row, and is the next row's beginning, which is no cut."""
+    shard = open_dataset(dataset([[3, 0, 4, 1, 6, 14, 2]]), cache=cache).shard(0)
+    boundaries = shard.boundaries_D.tolist()
+    first_cuts = shard.rows(7).first_cuts_R1.tolist()
+    assert boundaries == [0, 3, 7, 8, 14, 28, 30]
+    for row in range(4):
+        inside = [b for b in boundaries if 7 * row < b < 7 * row + 8]
+        assert boundaries[first_cuts[row] : first_cuts[row + 1]] == inside
 
 
 def test_missing_dataset_names_the_splits(dataset: Callable[..., str], cache: NodeCache, tmp_path: Path) -> None:

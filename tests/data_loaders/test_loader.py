@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data_loaders import loader as loader_module
 from data_loaders.cache import NodeCache
 from data_loaders.loader import Loader
 from data_loaders.mixture import DatasetWeight, Mixture, open_mixture
@@ -192,6 +193,19 @@ def test_close_ends_the_thread(folder: Path) -> None:
     assert len(loader_threads()) == 1
     loader.close()
     assert loader_threads() == []
+    assert list(iterator) == []
+    assert loader.state.samples_consumed == 4
+
+
+def test_chunks_end_anywhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a batch holds does not depend on how many are read at once."""
+    mixture = mixture_of(folder, "a", "b")
+    expected = [key(rows) for rows in take(Loader(mixture, batch_rows=4), 12)]
+    for chunk_rows in (1, 8, 12):
+        monkeypatch.setattr(loader_module, "_CHUNK_ROWS", chunk_rows)
+        transformed = Loader(mixture, batch_rows=4, num_steps=12, transform=key, prefetch_steps=3)
+        assert list(transformed) == expected
+        assert [key(rows) for rows in Loader(mixture, batch_rows=4, num_steps=12)] == expected
 
 
 def loader_threads() -> list[threading.Thread]:
