@@ -25,13 +25,14 @@ class Contender:
     Args:
         script: the contender's Python file.
         spec: what it is told at its start, as JSON in its first argument.
+        python: the interpreter it runs under, for one that needs another environment.
     """
 
-    def __init__(self, script: Path, spec: Mapping[str, Any]) -> None:
+    def __init__(self, script: Path, spec: Mapping[str, Any], *, python: str = sys.executable) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (read if the process ends early)
         self._process = subprocess.Popen(
-            [sys.executable, str(script), json.dumps(spec)],
+            [python, str(script), json.dumps(spec)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

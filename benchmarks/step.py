@@ -27,11 +27,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, Contender, Ratio, environment, write_result
+from common import RESULTS, ROOT, Contender, Ratio, environment, write_result
 
 NUM_ROWS = 128
 WARM_UP_STEPS = 3
-RAY_STEPS, RAY_STEADY_FROM, RAY_LOG_EVERY = 100, 30, 5
+RAY_STEPS, RAY_STEADY_FROM, RAY_LOG_EVERY = 50, 15, 1
 MATRIX_OPERATORS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
 ATTENTION_PREFIX = "aten::_scaled_dot_product"
 GOALS = {"trainer": (">=", 1.2), "ray": ("<=", 1.01), "set_block": ("<=", 2.1)}
@@ -105,26 +105,33 @@ def _contender(kind: str, case: Case, folder: Path, *, objective: str = "next_to
     return Contender(Path(__file__).parent / "step_contenders.py", spec)
 
 
-def _laps(ours: Contender, theirs: Contender, case: Case, repeats: int) -> Iterator[tuple[float, float]]:
-    """Seconds of both for the same number of steps; who goes first changes with each repeat."""
-    for contender in (ours, theirs):
+def _ratios(upper: Contender, lower: Contender, case: Case, repeats: int) -> dict[str, Any]:
+    """``upper / lower`` in time for the same number of steps; who goes first changes with each repeat.
+
+    Beside the ratio of wall-clock times stands that of CPU times, which other processes on the machine disturb less.
+    """
+    for contender in (upper, lower):
         contender.ask(steps=WARM_UP_STEPS)
+    answers: dict[Contender, list[dict[str, Any]]] = {upper: [], lower: []}
     for repeat in range(repeats):
-        order = (ours, theirs) if repeat % 2 == 0 else (theirs, ours)
-        seconds = {id(contender): contender.ask(steps=case.steps_per_lap)["seconds"] for contender in order}
-        yield seconds[id(ours)], seconds[id(theirs)]
+        for contender in (upper, lower) if repeat % 2 == 0 else (lower, upper):
+            answers[contender].append(contender.ask(steps=case.steps_per_lap))
+    return {
+        name: Ratio([a[key] for a in answers[upper]], [a[key] for a in answers[lower]]).as_json()
+        for name, key in (("ratio", "seconds"), ("cpu_time_ratio", "cpu_seconds"))
+    }
 
 
 def measure_trainer(case: Case, scratch: Path, repeats: int) -> dict[str, Any]:
     folder = prepare(case, scratch)
     ours, theirs = _contender("raydist", case, folder), _contender("trainer", case, folder)
     first = {"raydist": ours.ask(steps=1)["loss"], "trainer": theirs.ask(steps=1)["loss"]}
-    laps = list(_laps(ours, theirs, case, repeats))
+    ratios = _ratios(theirs, ours, case, repeats)
     last = {"raydist": ours.ask(steps=1)["loss"], "trainer": theirs.ask(steps=1)["loss"]}
-    ratio = Ratio([theirs_s for _, theirs_s in laps], [ours_s for ours_s, _ in laps])
     result = {
         "case": case.name,
-        "tokens_per_s_ratio": ratio.as_json(),
+        "what": "tokens per second",
+        **ratios,
         "loss_first_step": first,
         "loss_last_step": last,
     }
@@ -149,11 +156,10 @@ def measure_set_block(scratch: Path, repeats: int) -> dict[str, Any]:
     folder = prepare(case, scratch)
     set_block = _contender("raydist", case, folder, objective="set_block")
     next_token = _contender("raydist", case, folder)
-    laps = list(_laps(set_block, next_token, case, repeats))
+    ratios = _ratios(set_block, next_token, case, repeats)
     for contender in (set_block, next_token):
         contender.close()
-    ratio = Ratio([ours_s for ours_s, _ in laps], [theirs_s for _, theirs_s in laps])
-    return {"case": case.name, "step_time_ratio": ratio.as_json()}
+    return {"case": case.name, "what": "step time", **ratios}
 
 
 def measure_ray(scratch: Path, repeats: int) -> dict[str, Any]:
@@ -165,7 +171,7 @@ def measure_ray(scratch: Path, repeats: int) -> dict[str, Any]:
         for kind, step_s in pair if repeat % 2 == 0 else reversed(pair):
             step_s.append(_steady_step_s(recipe, scratch, name=f"{kind}-{repeat}", on_ray=kind == "ray"))
     case = f"tiny-2m, byte vocabulary, 8 x 256 tokens, steps {RAY_STEADY_FROM} to {RAY_STEPS}"
-    return {"case": case, "step_time_ratio": Ratio(under_ray, plain).as_json()}
+    return {"case": case, "what": "step time", "ratio": Ratio(under_ray, plain).as_json()}
 
 
 def _ray_recipe(scratch: Path) -> dict[str, Any]:
@@ -193,7 +199,7 @@ def _ray_recipe(scratch: Path) -> dict[str, Any]:
 
 
 def _steady_step_s(recipe: Path, scratch: Path, *, name: str, on_ray: bool) -> float:
-    """Trains a fresh run and returns the middle of its steady log lines."""
+    """Trains a fresh run and returns the first decile of its steady steps: what else the machine does only adds."""
     from raydist.tracking.jsonl import read_records
 
     command = [sys.executable, "-m", "raydist.cli.main", "train", str(recipe), f"name={name}"]
@@ -204,7 +210,9 @@ def _steady_step_s(recipe: Path, scratch: Path, *, name: str, on_ray: bool) -> f
     if finished.returncode:
         raise RuntimeError(f"the run {name} failed:\n{finished.stderr[-2000:]}")
     records = read_records(str(scratch / "runs" / name / "metrics.jsonl"))
-    return statistics.median(r["step_s"] for r in records if "step_s" in r and r["step"] > RAY_STEADY_FROM)
+    return statistics.quantiles([r["step_s"] for r in records if r["step"] > RAY_STEADY_FROM and "step_s" in r], n=10)[
+        0
+    ]
 
 
 def verdict(goal: str, median: float) -> str:
@@ -213,7 +221,7 @@ def verdict(goal: str, median: float) -> str:
 
 
 def table_row(goal: str, result: dict[str, Any]) -> str:
-    ratio = result["tokens_per_s_ratio" if goal == "trainer" else "step_time_ratio"]
+    ratio = result["ratio"]
     sign, bound = GOALS[goal]
     spread = f"{ratio['min']:.3f} .. {ratio['max']:.3f}"
     return (
@@ -222,9 +230,9 @@ def table_row(goal: str, result: dict[str, Any]) -> str:
 
 
 def explain(result: dict[str, Any]) -> str:
-    """Why the goal of the Trainer comparison is out of reach where it is missed, from the profile."""
+    """How far the Trainer comparison could go at most, from the profile."""
     share = result["share_of_matrix_products_and_attention"]
-    ratio = result["tokens_per_s_ratio"]["median"]
+    ratio = result["ratio"]["median"]
     return (
         f"both call the same matrix-product and attention kernels, {share['trainer']:.0%} of the Trainer's step; even with "
         f"everything else free the ratio could not pass {1 / share['trainer']:.2f}; ours is {ratio:.2f}"
@@ -243,32 +251,34 @@ def measure_all(only: str | None, repeats: int, ray_repeats: int) -> Iterator[tu
             yield "ray", measure_ray(scratch, ray_repeats)
 
 
+def earlier_results(*, without: str) -> dict[str, Any]:
+    path = RESULTS / "step.json"
+    content = json.loads(path.read_text()) if path.exists() else {}
+    return {goal: content[goal] for goal in GOALS if goal in content and goal != without}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--ray-repeats", type=int, default=5)
-    parser.add_argument("--only", choices=list(GOALS), help="one comparison, printed but not written")
+    parser.add_argument("--only", choices=list(GOALS), help="one comparison; the result keeps the others")
     args = parser.parse_args()
-    results: dict[str, list[dict[str, Any]]] = {}
+    content: dict[str, Any] = {
+        "command": "python benchmarks/step.py",
+        "threads": 1,
+        "dtype": "float32",
+        "environment": environment("torch", "transformers", "accelerate", "ray"),
+        "goals": {goal: f"{sign} {bound}" for goal, (sign, bound) in GOALS.items()},
+        **(earlier_results(without=args.only) if args.only else {}),
+    }
     print(f"{'':<10} {'':<62} {'ratio':>6}  {'spread':<16}  goal     verdict")
     for goal, result in measure_all(args.only, args.repeats, args.ray_repeats):
-        ratio = result["tokens_per_s_ratio" if goal == "trainer" else "step_time_ratio"]
-        result["verdict"] = verdict(goal, ratio["median"])
-        if goal == "trainer" and result["verdict"] == "missed" and "share_of_matrix_products_and_attention" in result:
+        result["verdict"] = verdict(goal, result["ratio"]["median"])
+        if goal == "trainer" and "share_of_matrix_products_and_attention" in result:
             result["limit"] = explain(result)
-        results.setdefault(goal, []).append(result)
+        content.setdefault(goal, []).append(result)
         print(table_row(goal, result), flush=True)
-    if args.only is None:
-        command = f"python benchmarks/step.py --repeats {args.repeats} --ray-repeats {args.ray_repeats}"
-        content = {
-            "command": command,
-            "threads": 1,
-            "dtype": "float32",
-            **environment("torch", "transformers", "accelerate", "ray"),
-            "goals": {goal: f"{sign} {bound}" for goal, (sign, bound) in GOALS.items()},
-            **results,
-        }
-        print(write_result("step", content).relative_to(ROOT))
+        write_result("step", content)
 
 
 if __name__ == "__main__":

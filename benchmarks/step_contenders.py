@@ -1,9 +1,9 @@
 """The contenders of ``step.py``, one per process: raydist's own step, and transformers' Trainer.
 
 Both start from the same Hugging Face directory, read the same rows in the same order, in float32 on one thread, and take
-their steps when an order says so: ``{"steps": 5}`` on stdin is answered by ``{"seconds": ..., "loss": ...}``, the time from
-the first fetch of a batch to the end of the last optimizer step, and the mean loss. With ``"profile": true`` the answer also
-tells the share of each operator in the CPU time.
+their steps when an order says so: ``{"steps": 5}`` on stdin is answered by ``{"seconds": ..., "cpu_seconds": ..., "loss":
+...}``, the time from the first fetch of a batch to the end of the last optimizer step, and the mean loss. With ``"profile":
+true`` the answer also tells the share of each operator in the CPU time.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Pacer:
         self._profiler = torch.profiler.profile() if order.get("profile") else None
         if self._profiler is not None:
             self._profiler.start()
-        self._started = time.perf_counter()
+        self._started, self._cpu_started = time.perf_counter(), time.process_time()
         return True
 
     def end_step(self, loss: Tensor) -> bool:
@@ -45,6 +45,7 @@ class Pacer:
         if self.steps_left:
             return False
         answer: dict[str, Any] = {"seconds": time.perf_counter() - self._started}
+        answer["cpu_seconds"] = time.process_time() - self._cpu_started
         answer["loss"] = torch.stack(self.losses).double().mean().item()
         if self._profiler is not None:
             self._profiler.stop()
@@ -66,10 +67,12 @@ def run_raydist(spec: dict[str, Any], tokens_NL: Tensor) -> None:
     from raydist.fsdp_utils.mesh import make_mesh
     from raydist.models.hf import HfWeights, read_hf_config
     from raydist.training.batches import step_batch_maker
+    from raydist.training.host_memory import keep_freed_memory
     from raydist.training.meters import Meters
     from raydist.training.optim import GuardedAdamW
     from raydist.training.step import NonFiniteGuard, train_step
 
+    keep_freed_memory()
     config = read_hf_config(spec["folder"])
     objective = _objective(spec["objective"], config.vocab_size)
     batch_rows = spec["batch_rows"]
@@ -82,6 +85,7 @@ def run_raydist(spec: dict[str, Any], tokens_NL: Tensor) -> None:
             seed=0,
             compile=spec["compile"],
             weights=HfWeights(spec["folder"], config),
+            reshard_after_forward=False,
         )
         settings = OptimizerConfig(learning_rate=LEARNING_RATE, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
         optimizer = GuardedAdamW(model.named_parameters(), settings)

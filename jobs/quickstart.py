@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import sys
@@ -16,12 +17,12 @@ from raydist.cli.output import next_commands, say
 from raydist.core.units import format_duration
 from raydist.runtime.cluster import connected
 
-DATASET = "runs/data/python-library"
 RECIPE = "jobs/recipes/quickstart.yaml"
 RUN_DIR = "runs/quickstart"
 PULLED = "runs/pulled/quickstart"
-TOKENIZER = "bytes"
-LEFT_OUT = ["test/*", "tests/*", "*/test/*", "*/tests/*", "site-packages/*", "idlelib/*", "lib2to3/*", "ensurepip/*"]
+# Two datasets that the recipe mixes: the code with its documentation, and the character tables beside it.
+CODE, TABLES = "runs/data/python-code", "runs/data/python-tables"
+NOT_CODE = ["test/*", "tests/*", "*/test/*", "*/tests/*", "site-packages/*", "idlelib/*", "lib2to3/*", "encodings/*"]
 
 
 def stage(title: str, *command: str) -> None:
@@ -34,31 +35,22 @@ def stage(title: str, *command: str) -> None:
     say(f"-- {format_duration(time.monotonic() - started)}")
 
 
+def prepare(source: str, target: str, *flags: str) -> None:
+    """Makes one token dataset of Python files; a finished one is kept."""
+    what = f"tokens of {os.path.basename(target)}, from the interpreter's own library"
+    arguments = ("--out", target, "--tokenizer", "bytes", "--include", "*.py", "--validation-fraction", "0.05")
+    stage(f"1 of 5  {what}", "data", "prepare", source, *arguments, *flags)
+
+
 def main() -> None:
     """Runs the five stages."""
     started = time.monotonic()
     shutil.rmtree(RUN_DIR, ignore_errors=True)
     shutil.rmtree(PULLED, ignore_errors=True)
     library = sysconfig.get_paths()["stdlib"]
-    excludes = [word for pattern in LEFT_OUT for word in ("--exclude", pattern)]
-    with connected(address=None, min_cpus=2):  # each of the two would start a Ray of its own; one start is enough
-        stage(
-            "1 of 5  a token dataset from the interpreter's own library",
-            *(
-                "data",
-                "prepare",
-                library,
-                "--out",
-                DATASET,
-                "--tokenizer",
-                TOKENIZER,
-                "--include",
-                "*.py",
-                *excludes,
-                "--validation-fraction",
-                "0.05",
-            ),
-        )
+    with connected(address=None, min_cpus=2):  # each stage would start a Ray of its own; one start is enough
+        prepare(library, CODE, "--exclude", *NOT_CODE)
+        prepare(os.path.join(library, "encodings"), TABLES)
         stage("2 of 5  Set Block Decoding on two Ray Train workers, sharded by FSDP2", "train", RECIPE)
     stage("3 of 5  the run as MLflow has it", "runs", "list", "--experiment", "quickstart")
     stage("4 of 5  its artifacts, pulled and hash-verified", *("artifacts", "pull", "quickstart", "--to", PULLED))

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigError: no model, no prompt, a prompt too long, an unknown sampler or setting, or no mask id.
     """
-    configs = _explicit_samplers(args)
+    explicit = _explicit_sampler(args)
     model = _load(args)
     texts = _prompt_texts(args, model.defaults)
     prompts = [_with_bos(model.tokenizer.encode(text), model=model, flag=args.bos) for text in texts]
@@ -94,12 +94,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.compare:
         from raydist.evaluation.compare import compare_samplers
 
+        configs = _compared_samplers(args, model)
         results = compare_samplers(model.decoder, prompts, configs=configs, max_new_tokens=max_new_tokens, **settings)
         report.show_comparison(results, tokenizer=model.tokenizer, prompt=texts[0])
         traced, config = results[-1].generations[0], results[-1].config
         result: dict[str, Any] = {"rows": [report.comparison_row(row, tokenizer=model.tokenizer) for row in results]}
     else:
-        config = configs[0] if configs else _default_sampler(args, model)
+        config = explicit or _default_sampler(args, model)
         generations = config.build(**settings).generate(model.decoder, prompts, max_new_tokens=max_new_tokens)
         report.show(texts, generations, tokenizer=model.tokenizer)
         traced = generations[0]
@@ -134,21 +135,29 @@ def _settings(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
-def _explicit_samplers(args: argparse.Namespace) -> list[SamplerConfig]:
-    """The samplers that the command line names; empty where the model's own default is to be used."""
+def _explicit_sampler(args: argparse.Namespace) -> SamplerConfig | None:
+    """The sampler that the command line names, or None."""
     from raydist.config.load import parse_overrides
     from raydist.config.registries import SAMPLERS
 
-    if args.compare:
-        gammas = _COMPARED_GAMMAS if args.gamma is None else (args.gamma,)
-        block = {"name": "set_block", **_settings(args, "block_size", "temperature")}
-        plain = {"name": "autoregressive", **_settings(args, "temperature")}
-        return [SAMPLERS.parse(plain), *(SAMPLERS.parse({**block, "gamma": gamma}) for gamma in gammas)]
-    if args.sampler:
-        name, *overrides = args.sampler
-        flags = _settings(args, "gamma", "block_size", "temperature")
-        return [SAMPLERS.parse({"name": name, **parse_overrides(overrides), **flags})]
-    return []
+    if not args.sampler:
+        return None
+    name, *overrides = args.sampler
+    flags = _settings(args, "gamma", "block_size", "temperature")
+    config: SamplerConfig = SAMPLERS.parse({"name": name, **parse_overrides(overrides), **flags})
+    return config
+
+
+def _compared_samplers(args: argparse.Namespace, model: _Loaded) -> list[SamplerConfig]:
+    """One token a forward, then set_block as the recipe has it at several gammas."""
+    from raydist.config.registries import SAMPLERS
+
+    recipe = model.defaults.get("sampler") or {}
+    base = recipe if recipe.get("name") == "set_block" else {"name": "set_block"}
+    block = {**base, **_settings(args, "block_size", "temperature")}
+    plain = {"name": "autoregressive", **_settings(args, "temperature")}
+    gammas = _COMPARED_GAMMAS if args.gamma is None else (args.gamma,)
+    return [SAMPLERS.parse(plain), *(SAMPLERS.parse({**block, "gamma": gamma}) for gamma in gammas)]
 
 
 def _default_sampler(args: argparse.Namespace, model: _Loaded) -> SamplerConfig:

@@ -51,9 +51,10 @@ def apply_fsdp(
             block.compile()
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     fully_shard(decoder, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    for module in fsdp_modules(decoder):
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+    if mesh.size() > 1:  # on one worker there is nothing to average, and FSDP would spend a pass on dividing by one
+        for module in fsdp_modules(decoder):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def _recompute_in_backward(block: nn.Module) -> None:

@@ -44,16 +44,17 @@ class PartsKernel(AttentionKernel):
 
     @override
     def __call__(self, queries_BHQh: Tensor, keys_BGKh: Tensor, values_BGKh: Tensor) -> Tensor:
+        lengths = [part.queries.stop - part.queries.start for part in self.parts]
         outputs = [
             F.scaled_dot_product_attention(
-                queries_BHQh[:, :, part.queries],
+                part_BHqh,
                 _pick(keys_BGKh, part.keys),
                 _pick(values_BGKh, part.keys),
                 attn_mask=part.bias,
                 is_causal=part.bias is None,
                 enable_gqa=keys_BGKh.shape[1] != queries_BHQh.shape[1],
             ).transpose(1, 2)
-            for part in self.parts
+            for part, part_BHqh in zip(self.parts, queries_BHQh.split(lengths, dim=2), strict=True)
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 

@@ -45,8 +45,8 @@ class DecoderBlock(nn.Module):
         self, hidden_BLD: Tensor, rotation: Rotation, kernel: AttentionKernel, cache: KeyValueCache | None = None
     ) -> Tensor:
         """The residual stream after this block."""
-        hidden_BLD = hidden_BLD + self.attention(self.attention_norm(hidden_BLD), rotation, kernel, cache)
-        return hidden_BLD + self.feed_forward(self.feed_forward_norm(hidden_BLD))
+        hidden_BLD = self.attention(self.attention_norm(hidden_BLD), rotation, kernel, cache).add_(hidden_BLD)
+        return self.feed_forward(self.feed_forward_norm(hidden_BLD)).add_(hidden_BLD)
 
 
 class Decoder(nn.Module):

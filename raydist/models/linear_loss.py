@@ -65,10 +65,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=weights_T.dtype)
         for chunk in _chunks(targets_T.shape[0], chunk_positions):
             hidden_CD, targets_C1, weights_C1 = hidden_TD[chunk], targets_T[chunk, None], weights_T[chunk, None]
-            log_probs_CV = _log_probs(hidden_CD, weight_VD)
-            losses_T[chunk] = -log_probs_CV.gather(1, targets_C1)[:, 0]
+            logits_CV = hidden_CD @ weight_VD.t()
+            probs_CV = torch.softmax(logits_CV, dim=-1, dtype=weights_T.dtype)
+            # The largest probability is 1 / sum(exp(logits - largest)), and at least 1 / V: its logarithm is accurate.
+            losses_T[chunk] = logits_CV.amax(-1) - probs_CV.amax(-1).log() - logits_CV.gather(1, targets_C1)[:, 0]
             # d loss / d logits is softmax - onehot; the position's weight goes to the narrow [C, D] operands instead.
-            grad_logits_CV = log_probs_CV.exp_().scatter_add_(1, targets_C1, -torch.ones_like(weights_C1))
+            grad_logits_CV = probs_CV.scatter_add_(1, targets_C1, -torch.ones_like(weights_C1))
             grad_logits_CV = grad_logits_CV.to(hidden_CD.dtype)
             grad_hidden_TD[chunk] = (grad_logits_CV @ weight_VD) * weights_C1
             _add_product(grad_weight_VD, grad_logits_CV, (hidden_CD * weights_C1).to(hidden_CD.dtype))

@@ -21,7 +21,7 @@ from typing_extensions import override
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-_QUERIES_PER_PART = 256
+_QUERIES_PER_PART = 64
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def _qwen3(*, layers: int, width: int, hidden: int, heads: int, tied: bool = Fal
 
 PRESETS: dict[str, DecoderConfig] = {
     "debug": _small(layers=2, width=128, hidden=384, heads=4, kv_heads=2, head_dim=32),
-    "tiny-1m": _small(layers=4, width=128, hidden=512, heads=2, kv_heads=1, head_dim=64, family="qwen3"),
+    "tiny-1m": _small(layers=4, width=128, hidden=512, heads=4, kv_heads=2, head_dim=32, family="qwen3"),
     "tiny-2m": _small(layers=5, width=192, hidden=512, heads=6, kv_heads=2, head_dim=32),
     "small-4m": _small(layers=6, width=256, hidden=640, heads=4, kv_heads=2, head_dim=64),
     "small-12m": _small(layers=8, width=384, hidden=1024, heads=6, kv_heads=2, head_dim=64),

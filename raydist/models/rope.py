@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,20 +38,42 @@ class Rotation:
 
     Attributes:
         cos_B1Lh: cosine of each channel's angle, float32.
-        sin_B1Lh: sine, negated in the first half of the channels.
+        sin_B1Lf: sine of each pair's angle, float32, ``f = h / 2``.
     """
 
     cos_B1Lh: Tensor
-    sin_B1Lh: Tensor
+    sin_B1Lf: Tensor
 
     @classmethod
     def at(cls, positions_BL: Tensor, *, frequencies: Tensor) -> Rotation:
         """The rotation by ``position * frequency``."""
         angles_B1Lf = positions_BL[:, None, :, None].to(torch.float32) * frequencies
-        cos, sin = angles_B1Lf.cos(), angles_B1Lf.sin()
-        return cls(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
+        return cls(angles_B1Lf.cos().repeat(1, 1, 1, 2), angles_B1Lf.sin())
 
     def apply(self, x_BHLh: Tensor) -> Tensor:
         """Rotates queries or keys, in float32; returns their own dtype."""
-        swapped_BHLh = x_BHLh.roll(x_BHLh.shape[-1] // 2, dims=-1)
-        return torch.addcmul(x_BHLh * self.cos_B1Lh, swapped_BHLh, self.sin_B1Lh).to(x_BHLh.dtype)
+        rotated: Tensor = _Rotate.apply(x_BHLh, self.cos_B1Lh, self.sin_B1Lf)
+        return rotated
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation; its gradient is the upstream gradient turned back."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BHLh: Tensor, cos_B1Lh: Tensor, sin_B1Lf: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_B1Lh, sin_B1Lf)
+        return _rotated(x_BHLh, cos_B1Lh, sin_B1Lf, sign=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BHLh: Tensor) -> tuple[Tensor, None, None]:
+        cos_B1Lh, sin_B1Lf = ctx.saved_tensors
+        return _rotated(grad_BHLh, cos_B1Lh, sin_B1Lf, sign=-1), None, None
+
+
+def _rotated(x_BHLh: Tensor, cos_B1Lh: Tensor, sin_B1Lf: Tensor, *, sign: int) -> Tensor:
+    low_BHLf, high_BHLf = x_BHLh.chunk(2, dim=-1)
+    turned_BHLh = x_BHLh * cos_B1Lh
+    turned_low_BHLf, turned_high_BHLf = turned_BHLh.chunk(2, dim=-1)
+    turned_low_BHLf.addcmul_(high_BHLf, sin_B1Lf, value=-sign)
+    turned_high_BHLf.addcmul_(low_BHLf, sin_B1Lf, value=sign)
+    return turned_BHLh.to(x_BHLh.dtype)

@@ -7,10 +7,12 @@ alone when it is set. So a non-finite gradient is caught before it does damage, 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
+from typing_extensions import override
 
 from raydist.config.schema import OptimizerConfig
 
@@ -39,10 +41,14 @@ class GuardedAdamW(torch.optim.AdamW):
 
     def guarded_step(self, do_not_write: Tensor) -> None:
         """One update, or none where ``do_not_write`` (a scalar of 0 or 1, equal on all ranks) is 1."""
-        first = self.param_groups[0]["params"][0]
-        flag = do_not_write.to(torch.float32)
-        if isinstance(first, DTensor):
-            flag = DTensor.from_local(flag, first.device_mesh, [Replicate()] * first.device_mesh.ndim, run_check=False)
-        self.found_inf = flag
+        self.found_inf = do_not_write.to(torch.float32)
         self.grad_scale = None
         self.step()
+
+    @override
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        """Hands the kernel this rank's rows: the update is elementwise, and a DTensor costs more to unpack than to update."""
+        has_complex = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+        return has_complex

@@ -19,6 +19,7 @@ from raydist.models.decoder import Decoder
 from raydist.objectives.base import Objective
 from raydist.training.batches import StepBatch, step_batch_maker
 from raydist.training.data import TrainingData, open_data
+from raydist.training.host_memory import keep_freed_memory
 from raydist.training.model import decoder_config, initial_weights
 from raydist.training.optim import GuardedAdamW
 
@@ -62,8 +63,10 @@ def assemble(config: RunConfig, workers: Workers) -> Assembly:
         RaydistError: whatever does not fit, before any step.
     """
     training = config.training
-    if training.num_threads is not None and workers.device.type == "cpu":
-        torch.set_num_threads(training.num_threads)
+    if workers.device.type == "cpu":
+        keep_freed_memory()
+        if training.num_threads is not None:
+            torch.set_num_threads(training.num_threads)
     data = open_data(config.data, seed=config.seed)
     objective = config.objective.build(data.ids)
     model_config = decoder_config(config.model, data=data, seq_len=config.data.seq_len)

@@ -61,12 +61,20 @@ def add_to_meters(meters: Meters, loss: Tensor, metrics: dict[str, Mean]) -> Non
 
 
 def clip_by_global_norm(model: nn.Module, max_norm: float | None) -> Tensor:
-    """The global gradient norm, a plain scalar equal on all ranks; scales gradients down where it exceeds ``max_norm``."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients, foreach=True)
+    """The global gradient norm, a plain scalar equal on all ranks; scales gradients down where it exceeds ``max_norm``.
+
+    Each rank holds its own rows of every gradient, so the squares of the ranks' norms add up.
+    """
+    gradients = [_local(p.grad) for p in model.parameters() if p.grad is not None]
+    local_norm = nn.utils.get_total_norm(gradients, foreach=True)
+    norm = sum_over_ranks(local_norm.square()).sqrt()
     if max_norm is not None:
-        nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm, foreach=True)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def _local(gradient: Tensor) -> Tensor:
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 def train_step(

@@ -60,3 +60,11 @@ def test_bf16_heads_are_rotated_in_float32():
     x = torch.randn(1, 2, 5, 16, generator=generator).bfloat16()
     rotation = Rotation.at(torch.arange(1000, 1005)[None], frequencies=torch.rand(8, generator=generator))
     assert torch.equal(rotation.apply(x), rotation.apply(x.float()).bfloat16())
+
+
+def test_gradient_of_a_rotation():
+    generator = torch.Generator().manual_seed(0)
+    rotation = Rotation.at(torch.arange(3)[None], frequencies=torch.rand(4, generator=generator))
+    rotation = Rotation(rotation.cos_B1Lh.double(), rotation.sin_B1Lf.double())
+    x = torch.randn(2, 2, 3, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(rotation.apply, (x,))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from raydist.config.load import read_resolved
+from raydist.config.load import Recipe, read_resolved
 from raydist.core.errors import ConfigError, ResumeError
 from raydist.training.run_dir import prepare_run_dir
 from tests.training.cases import recipe_of
@@ -48,5 +48,7 @@ def test_resume_refuses_what_decides_the_result_and_names_it(tmp_path: Path) -> 
 
 
 def test_a_bucket_is_refused(tmp_path: Path) -> None:
+    recipe = recipe_of("data", tmp_path)
+    config = recipe.config.model_copy(update={"output_dir": "s3://bucket/runs"})
     with pytest.raises(ConfigError, match="not in a bucket"):
-        prepare_run_dir(recipe_of("data", tmp_path, output_dir="s3://bucket/runs"), resume=False)
+        prepare_run_dir(Recipe(config, recipe.config_hash, recipe.path), resume=False)
