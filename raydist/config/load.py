@@ -21,6 +21,7 @@ from yaml import YAMLError
 from raydist.config.base import validated
 from raydist.config.schema import RunConfig
 from raydist.core.errors import ConfigError
+from raydist.core.storage import normalize
 
 _BASE_NAME = "base.yaml"
 _MAX_LEVELS_UP = 2
@@ -103,6 +104,18 @@ def read_resolved(path: str) -> Recipe:
 def dump_yaml(config: RunConfig) -> str:
     """The whole resolved configuration as YAML, readable by :func:`read_resolved`."""
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The same configuration for processes that do not share this one's working directory."""
+    values = config.model_dump(mode="json")
+    values["output_dir"] = normalize(config.output_dir)
+    for part in (*values["data"]["train"], *values["data"]["validation"]):
+        part["path"] = normalize(part["path"])
+    for section, key in (("data", "cache_dir"), ("model", "init_from")):
+        if values[section][key] is not None:
+            values[section][key] = normalize(values[section][key])
+    return validated(RunConfig, values)
 
 
 def identity_hash(config: RunConfig) -> str:

@@ -25,12 +25,13 @@ _RAY_ENV = {
 
 
 @contextmanager
-def connected(*, address: str | None, min_cpus: float = 1.0) -> Iterator[None]:
+def connected(*, address: str | None, min_cpus: float = 1.0, num_cpus: int | None = None) -> Iterator[None]:
     """A Ray cluster to work on; an embedded one ends with the block, a connection made before stays.
 
     Args:
         address: ``host:port``, ``ray://...`` or ``auto``; None starts Ray inside this process, bound to loopback.
         min_cpus: an embedded Ray offers at least so many logical CPUs, also where the machine has fewer.
+        num_cpus: an embedded Ray offers exactly so many; None for those of the machine.
 
     Raises:
         ConfigError: nobody answers at the address.
@@ -45,7 +46,8 @@ def connected(*, address: str | None, min_cpus: float = 1.0) -> Iterator[None]:
         return
     if address is None:
         ray.init(
-            num_cpus=max(os.cpu_count() or 1, math.ceil(min_cpus)),
+            address="local",
+            num_cpus=num_cpus or max(os.cpu_count() or 1, math.ceil(min_cpus)),
             include_dashboard=True,
             dashboard_host="127.0.0.1",
             log_to_driver=False,

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from raydist.core.errors import CapacityError, RaydistError
+from raydist.runtime.cluster import connected
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -62,26 +63,9 @@ def _result(reference: Any) -> Any:
 
 @contextmanager
 def ray_tasks(*, address: str | None = None, num_cpus: int | None = None) -> Iterator[Callable[..., Iterator[Any]]]:
-    """Yields :func:`ray_map` on a cluster, or on a Ray that lives in this process's machine for as long as the block.
+    """Yields :func:`ray_map` on a cluster, or on a Ray inside this process for as long as the block.
 
     A Ray that was running before is used and left running.
     """
-    import ray
-
-    from raydist.core.log import quiet_libraries
-
-    quiet_libraries()
-    started_here = not ray.is_initialized()
-    if started_here:
-        local = {} if address else {"num_cpus": num_cpus, "include_dashboard": False}
-        try:
-            ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **local)
-        except ConnectionError as error:
-            raise CapacityError(
-                "no Ray cluster answers", where=address, found=str(error).splitlines()[0], fix="check --ray-address"
-            ) from None
-    try:
+    with connected(address=address, num_cpus=num_cpus):
         yield ray_map
-    finally:
-        if started_here:
-            ray.shutdown()

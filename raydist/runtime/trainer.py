@@ -9,7 +9,7 @@ import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from raydist.config.load import Recipe
+from raydist.config.load import Recipe, with_absolute_paths
 from raydist.config.schema import ScalingConfig
 from raydist.core import storage
 from raydist.core.errors import CapacityError
@@ -43,7 +43,7 @@ def train_on_ray(recipe: Recipe, *, run_dir: str, address: str | None = None, ho
         require_capacity(scaling)
         monitor = ray.remote(num_cpus=0)(RunMonitor).remote()
         payload = {
-            "config": recipe.config.model_dump(mode="json"),
+            "config": with_absolute_paths(recipe.config).model_dump(mode="json"),
             "config_hash": recipe.config_hash,
             "recipe": recipe.path,
             "run_dir": run_dir,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import email
 import json
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def test_the_main_job(
     ray_cluster: None, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(workplace)
-    source = str(Path(json.__file__).parent)
+    source = str(Path(email.__file__).parent)
     prepared, _ = raydist(
         capsys, "data", "prepare", source, "--out", "runs/data", "--tokenizer", "bpe:300", "--include", "*.py",
         "--validation-fraction", "0.3",

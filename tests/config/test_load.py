@@ -15,6 +15,7 @@ from raydist.config.load import (
     merge,
     parse_overrides,
     read_resolved,
+    with_absolute_paths,
 )
 from raydist.core.errors import ConfigError
 
@@ -193,3 +194,14 @@ def test_the_editors_schema_is_current() -> None:
 
     written = json.loads((RECIPES[0].parent / "recipe.schema.json").read_text())
     assert written == RunConfig.model_json_schema(), "run: raydist config schema > jobs/recipes/recipe.schema.json"
+
+
+def test_absolute_paths_for_other_processes(tmp_path: Path, recipe_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_recipe(recipe_path, ["data.validation=s3://bucket/v", "model.init_from=hf", "output_dir=out"]).config
+    absolute = with_absolute_paths(config)
+    assert absolute.data.train[0].path == f"{tmp_path}/some/data"
+    assert absolute.data.validation[0].path == "s3://bucket/v"
+    assert (absolute.model.init_from, absolute.output_dir) == (f"{tmp_path}/hf", f"{tmp_path}/out")
+    assert absolute.objective == config.objective
+    assert absolute.data.cache_dir is None

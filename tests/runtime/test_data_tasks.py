@@ -2,6 +2,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import ray
 
 from raydist.core.errors import DataError
 from raydist.runtime.data_tasks import ray_map, ray_tasks
@@ -26,6 +27,7 @@ def submitted(count: int, log: list[int]) -> Iterator[int]:
 
 
 def test_tasks_run_elsewhere_in_bounded_numbers_and_errors_come_back() -> None:
+    was_running = ray.is_initialized()
     with ray_tasks(num_cpus=2) as map_tasks:
         assert map_tasks is ray_map
         results = list(map_tasks(square_in_another_process, list(range(7))))
@@ -37,6 +39,4 @@ def test_tasks_run_elsewhere_in_bounded_numbers_and_errors_come_back() -> None:
         with pytest.raises(DataError, match="number three") as caught:
             list(ray_map(refuse, range(6)))
         assert caught.value.found == "3"
-    import ray
-
-    assert not ray.is_initialized()
+    assert ray.is_initialized() == was_running  # what was there stays, what was started here is gone
