@@ -109,15 +109,15 @@ class Objective(ABC):
         return LossTerms(sums=sums, metrics=metrics)
 
 
-class ObjectiveConfig(StrictModel):
+class ObjectiveConfig(StrictModel, ABC):
     """The base of the configuration of an objective; a subclass is registered under its ``name``."""
 
     name: str
 
+    @abstractmethod
     def build(self, ids: TokenIds) -> Objective:
         """The objective for a vocabulary.
 
         Raises:
             ConfigError: the vocabulary lacks an id that the objective needs.
         """
-        raise NotImplementedError(type(self).__name__)

@@ -46,15 +46,15 @@ class Sampler(ABC):
         """
 
 
-class SamplerConfig(StrictModel):
+class SamplerConfig(StrictModel, ABC):
     """The base of a sampler's configuration; a subclass is registered under its ``name``."""
 
     name: str
 
+    @abstractmethod
     def build(self, *, stop_ids: Sequence[int], mask_id: int | None, seed: int) -> Sampler:
         """The sampler for a vocabulary.
 
         Raises:
             ConfigError: the vocabulary lacks a mask id that the sampler needs.
         """
-        raise NotImplementedError(type(self).__name__)

@@ -89,7 +89,7 @@ def save_as(workers: Workers, run_dir: str, state_path: str) -> None:
         save_file(state, state_path)
 
 
-def load_as(workers: Workers, run_dir: str, state_path: str) -> None:
+def check_loads_as(workers: Workers, run_dir: str, state_path: str) -> None:
     """Loads into a fresh model on this number of workers and compares; then both go on and still agree."""
     model, optimizer = make(workers)
     with Checkpointer(run_dir, keep=2, workers=workers) as checkpointer:

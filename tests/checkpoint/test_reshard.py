@@ -10,14 +10,14 @@ from raydist.checkpoint.checkpointer import Checkpointer
 from raydist.checkpoint.layout import newest_complete
 from raydist.core.dist import Workers
 from raydist.core.errors import CheckpointError
-from tests.checkpoint.cases import load_as, make, save_as
+from tests.checkpoint.cases import check_loads_as, make, save_as
 from tests.fsdp_utils.workers import run_alone, run_workers
 
 
 def _two_workers(workers: Workers, folder: str) -> None:
     save_as(workers, f"{folder}/by2", f"{folder}/by2.safetensors")
-    load_as(workers, f"{folder}/by2", f"{folder}/by2.safetensors")
-    load_as(workers, f"{folder}/by1", f"{folder}/by1.safetensors")
+    check_loads_as(workers, f"{folder}/by2", f"{folder}/by2.safetensors")
+    check_loads_as(workers, f"{folder}/by1", f"{folder}/by1.safetensors")
     _failure_is_seen_by_all(workers, folder)
 
 
@@ -53,11 +53,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_two_workers_to_one_is_bitwise(folder: str) -> None:
-    run_alone(load_as, f"{folder}/by2", f"{folder}/by2.safetensors")
+    run_alone(check_loads_as, f"{folder}/by2", f"{folder}/by2.safetensors")
 
 
 def test_one_worker_to_one_is_bitwise(folder: str) -> None:
-    run_alone(load_as, f"{folder}/by1", f"{folder}/by1.safetensors")
+    run_alone(check_loads_as, f"{folder}/by1", f"{folder}/by1.safetensors")
 
 
 def test_each_worker_writes_its_own_rows_and_nothing_is_written_twice(folder: str) -> None:
