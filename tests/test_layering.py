@@ -15,15 +15,17 @@ MAY_IMPORT = {
     "core": set(),
     "config": _CORE,
     "data_loaders": _CORE,
+    "paths": _BASE,
     "models": _BASE,
-    "objectives": {*_BASE, "models.mask_spec"},
+    "objectives": {*_BASE, "paths", "models.mask_spec"},
     "fsdp_utils": {*_BASE, "models"},
-    "sampling": {*_BASE, "models"},
+    "sampling": {*_BASE, "paths", "models"},
     "checkpoint": {*_BASE, "fsdp_utils"},
     "tracking": _BASE,
-    "evaluation": {*_BASE, "models", "objectives", "sampling", "tracking"},
+    "evaluation": {*_BASE, "paths", "models", "objectives", "sampling", "tracking"},
     "training": {
-        *_BASE, "models", "objectives", "fsdp_utils", "sampling", "checkpoint", "tracking", "evaluation", "data_loaders",
+        *_BASE, "paths", "models", "objectives", "fsdp_utils", "sampling", "checkpoint", "tracking", "evaluation",
+        "data_loaders",
     },
 }  # fmt: skip
 MAY_IMPORT["runtime"] = {*MAY_IMPORT["training"], "training"}

@@ -70,10 +70,6 @@ class _Loaded:
         """The recipe's ``sampling`` section; empty for a model that raydist did not train."""
         return self.meta.get("sampling") or {}
 
-    @property
-    def mask_id(self) -> int | None:
-        return self.meta["token_ids"]["mask"]
-
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the verb.
@@ -81,27 +77,27 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigError: no model, no prompt, a prompt too long, an unknown sampler or setting, or no mask id.
     """
+    from raydist.sampling.base import Trained
+
     explicit = _explicit_sampler(args)
     model = _load(args)
     texts = _prompt_texts(args, model.defaults)
     prompts = [_with_bos(model.tokenizer.encode(text), model=model, flag=args.bos) for text in texts]
-    settings: dict[str, Any] = {
-        "stop_ids": model.meta["stop_ids"],
-        "mask_id": model.mask_id,
-        "seed": args.seed,
-    }
+    trained = Trained.from_meta(model.meta, vocab_size=model.decoder.config.vocab_size, seed=args.seed)
     max_new_tokens = _max_new_tokens(args, model.defaults)
     if args.compare:
         from raydist.evaluation.compare import compare_samplers
 
         configs = _compared_samplers(args, model)
-        results = compare_samplers(model.decoder, prompts, configs=configs, max_new_tokens=max_new_tokens, **settings)
+        results = compare_samplers(
+            model.decoder, prompts, configs=configs, max_new_tokens=max_new_tokens, trained=trained
+        )
         report.show_comparison(results, tokenizer=model.tokenizer, prompt=texts[0])
         traced, config = results[-1].generations[0], results[-1].config
         result: dict[str, Any] = {"rows": [report.comparison_row(row, tokenizer=model.tokenizer) for row in results]}
     else:
         config = explicit or _default_sampler(args, model)
-        generations = config.build(**settings).generate(model.decoder, prompts, max_new_tokens=max_new_tokens)
+        generations = config.build(trained).generate(model.decoder, prompts, max_new_tokens=max_new_tokens)
         report.show(texts, generations, tokenizer=model.tokenizer)
         traced = generations[0]
         result = {

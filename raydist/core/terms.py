@@ -1,49 +1,107 @@
-"""What an objective asks of the head, and what it gets back.
+"""What an objective asks of the heads, and what it gets back.
 
-The vocabulary-sized logits exist only inside the head, one chunk at a time; objectives speak of positions and targets.
+The vocabulary-sized logits exist only inside a head, one chunk at a time; objectives speak of positions and targets. Every
+term is a sum over positions, ``sum_t weights[t] * cost_t``; the classes differ in the cost.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from abc import ABC
+from dataclasses import dataclass, fields, replace
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
-TermKind = Literal["ce"]
 
-
-@dataclass(frozen=True)
-class HeadTerm:
-    """One sum over positions: ``sum_t weights[t] * cost(hidden[positions[t]], targets[t])``.
+@dataclass(frozen=True, kw_only=True)
+class HeadTerm(ABC):
+    """The base of all terms.
 
     Attributes:
         name: names the term in metrics (``"ntp"``, ``"matp"``).
         positions_T: index into the hidden states flattened to ``[B * L, D]``, int64 ``[T]``; only positions that carry loss.
-        targets_T: target token ids, int64 ``[T]``.
         weights_T: float32 ``[T]``, or None for all ones.
-        kind: ``"ce"`` is ``-log softmax(logits)[target]``.
         head: the name of the model's head that is read.
         denominator: the name of the global count that the sum is divided by (see ``NoisedBatch.counts``).
     """
 
     name: str
     positions_T: Tensor
-    targets_T: Tensor
-    weights_T: Tensor | None
-    kind: TermKind = "ce"
+    weights_T: Tensor | None = None
     head: str = "lm"
     denominator: str = "targets"
 
-    def to(self, device: torch.device) -> HeadTerm:
+    def to(self, device: torch.device) -> Self:
         """The term with its tensors on a device."""
-        return replace(
-            self,
-            positions_T=self.positions_T.to(device, non_blocking=True),
-            targets_T=self.targets_T.to(device, non_blocking=True),
-            weights_T=None if self.weights_T is None else self.weights_T.to(device, non_blocking=True),
-        )
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {
+            name: value.to(device, non_blocking=True) for name, value in values.items() if isinstance(value, Tensor)
+        }
+        others = {
+            name: value.to(device) for name, value in values.items() if name not in moved and hasattr(value, "to")
+        }
+        return replace(self, **moved, **others)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossEntropyTerm(HeadTerm):
+    """``cost_t = -log softmax(logits_t)[targets[t]]``.
+
+    Attributes:
+        targets_T: target token ids, int64 ``[T]``.
+    """
+
+    targets_T: Tensor
+
+
+class TokenRates(Protocol):
+    """Jump rates ``lambda_t(y)`` to every token y of a mixture path (:mod:`raydist.paths`)."""
+
+    def at(self, time_C: Tensor) -> Tensor:
+        """Rates at some times, ``[C, V]``, or ``[C, 1]`` where they are the same for all tokens."""
+
+    def to(self, device: torch.device) -> TokenRates:
+        """The same rates with their tensors on a device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElboTerm(HeadTerm):
+    """The integrand of the negative evidence lower bound of a mixture path, a generalised Kullback-Leibler divergence.
+
+    With ``P = softmax(logits_t)``, current token x, clean token y and ``lambda`` the rates at ``times[t]``::
+
+        cost_t = sum_v lambda(v) P[v] - lambda(x) P[x] - 1[x != y] lambda(y) (1 + log P[y])
+
+    Shaul et al. 2025, arXiv 2412.03487; for rates equal for all tokens it is
+    ``lambda (1[x = y] - P[x] - 1[x != y] log P[y])``.
+
+    Attributes:
+        targets_T: clean tokens y, int64 ``[T]``.
+        current_T: tokens x of the noised sequence, int64 ``[T]``.
+        times_T: float32 ``[T]``.
+        rates: the path's jump rates.
+    """
+
+    targets_T: Tensor
+    current_T: Tensor
+    times_T: Tensor
+    rates: TokenRates
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoissonTerm(HeadTerm):
+    """The negative log-likelihood of event counts under log-rates o that a narrow head of K outputs gives::
+
+        cost_t = sum_k exposure[t, k] exp(o[t, k]) - counts[t, k] o[t, k]
+
+    Attributes:
+        exposure_TK: float32 ``[T, K]``; 0 where an event cannot happen.
+        counts_TK: float32 ``[T, K]``; weighted counts of the events that the target asks for.
+    """
+
+    exposure_TK: Tensor
+    counts_TK: Tensor
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raydist.sampling.base import Generation, SamplerConfig
+from raydist.sampling.base import Generation, SamplerConfig, Trained
 
 _WARM_UP_TOKENS = 32
 
@@ -52,9 +52,7 @@ def compare_samplers(
     prompts: Sequence[Sequence[int]],
     *,
     configs: Sequence[SamplerConfig],
-    stop_ids: Sequence[int],
-    mask_id: int | None,
-    seed: int,
+    trained: Trained,
     max_new_tokens: int,
 ) -> list[SamplerResult]:
     """Runs every sampler on the same prompts with the same noise; a short untimed call warms each up.
@@ -62,7 +60,7 @@ def compare_samplers(
     Raises:
         ConfigError: a sampler cannot be built for this vocabulary, or a prompt cannot be continued.
     """
-    samplers = [config.build(stop_ids=stop_ids, mask_id=mask_id, seed=seed) for config in configs]
+    samplers = [config.build(trained) for config in configs]
     results = []
     for config, sampler in zip(configs, samplers, strict=True):
         sampler.generate(model, prompts, max_new_tokens=min(max_new_tokens, _WARM_UP_TOKENS))

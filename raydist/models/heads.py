@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from raydist.core.errors import ModelError
-from raydist.core.terms import HeadTerm, TermResult
+from raydist.core.terms import CrossEntropyTerm, HeadTerm, TermResult
 from raydist.models.linear_loss import linear_cross_entropy
 
 
@@ -32,6 +32,8 @@ def evaluate_terms(hidden_BLD: Tensor, *, terms: Sequence[HeadTerm], heads: Mapp
             raise ModelError(
                 "the model has no such head", where=f"term {term.name}", found=term.head, expected=", ".join(heads)
             )
+        if not isinstance(term, CrossEntropyTerm):
+            raise TypeError(f"no evaluation for a {type(term).__name__}")
         loss_sum, losses_T = linear_cross_entropy(
             hidden_TD.index_select(0, term.positions_T),
             weight_VD=heads[term.head],

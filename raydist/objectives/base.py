@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,39 +11,33 @@ import torch
 from torch import Tensor
 
 from raydist.config.base import StrictModel
+from raydist.core.errors import ConfigError
 from raydist.core.rng import RowRng
 from raydist.core.rows import Rows
 from raydist.core.terms import HeadTerm, TermResult
-
-
-@dataclass(frozen=True)
-class TokenIds:
-    """The special ids that the dataset's manifest fixed."""
-
-    vocab_size: int
-    bos: int | None
-    eos: int | None
-    mask: int | None
-    pad: int | None
+from raydist.core.token_ids import TokenIds
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What an objective needs of the model and the planner.
+    """What an objective needs of the model; the run builds the decoder with it, and the planner counts it.
 
     Attributes:
-        heads: names of the model heads that its terms read.
         sequence_factor: model positions per clean token (2 where clean and noised copies stand side by side).
         bidirectional: True where attention is not causal.
-        time: True where the model takes a time input.
         mask_token: True where the vocabulary must hold a mask id.
+        time: True where the model takes a time input, ``time_BL``.
+        extra_heads: name -> outputs of heads beside ``"lm"``; 0 stands for the vocabulary.
+        input_features: name -> number of values of tables whose rows are added to the token embeddings; such a feature is
+            an input ``features[name]``, int64 ``[B, L]``. Their weights start at zero.
     """
 
-    heads: tuple[str, ...] = ("lm",)
     sequence_factor: int = 1
     bidirectional: bool = False
-    time: bool = False
     mask_token: bool = False
+    time: bool = False
+    extra_heads: Mapping[str, int] = field(default_factory=dict)
+    input_features: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,7 +45,8 @@ class NoisedBatch:
     """What ``corrupt`` made of a batch of rows. The loop looks at ``inputs`` and ``counts`` only.
 
     Attributes:
-        inputs: keyword arguments of the model: ``tokens_BL``, ``positions_BL``, ``mask`` and, where declared, ``time_BL``.
+        inputs: keyword arguments of the model: ``tokens_BL``, ``positions_BL``, ``mask`` and, where declared, ``time_BL``
+            (float32 ``[B, L]`` or ``[B, 1]``) and ``features`` (name -> int64 ``[B, L]``).
         counts: name of a denominator -> its value for this batch. Plain numbers: they depend on data and noise only, are
             known before the forward, and are summed over microbatches and ranks before anything is divided.
         targets: what ``terms`` needs, private to the objective.
@@ -88,6 +83,7 @@ class Objective(ABC):
     """One training objective. Stateless; noise comes from the :class:`RowRng` alone."""
 
     needs: Needs = Needs()
+    """Of this objective with its settings; known before the model is built."""
 
     @abstractmethod
     def corrupt(self, rows: Rows, rng: RowRng) -> NoisedBatch:
@@ -121,3 +117,20 @@ class ObjectiveConfig(StrictModel, ABC):
         Raises:
             ConfigError: the vocabulary lacks an id that the objective needs.
         """
+
+
+def require_mask_id(ids: TokenIds, *, objective: str) -> int:
+    """The vocabulary's mask id.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if ids.mask is None:
+        raise ConfigError(
+            "mask id missing: the vocabulary has no mask token",
+            where="objective.name",
+            found=f"{objective} on a dataset whose special ids have no mask",
+            expected="a mask id in the dataset's manifest.json",
+            fix="prepare the dataset again with this version: raydist data prepare adds one",
+        )
+    return ids.mask

@@ -9,9 +9,10 @@ from torch import Tensor
 from raydist.config.registries import OBJECTIVES
 from raydist.core.rng import RowRng
 from raydist.core.rows import Rows
-from raydist.core.terms import HeadTerm
+from raydist.core.terms import CrossEntropyTerm, HeadTerm
+from raydist.core.token_ids import TokenIds
 from raydist.models.mask_spec import CausalMask, document_positions
-from raydist.objectives.base import NoisedBatch, Objective, ObjectiveConfig, TokenIds
+from raydist.objectives.base import NoisedBatch, Objective, ObjectiveConfig
 
 
 def next_token_targets(rows: Rows) -> Tensor:
@@ -63,7 +64,7 @@ class NextToken(Objective):
 
     def terms(self, noised: NoisedBatch) -> list[HeadTerm]:
         """One cross entropy, ``ntp``."""
-        return [HeadTerm(name="ntp", weights_T=None, **noised.targets)]
+        return [CrossEntropyTerm(name="ntp", **noised.targets)]
 
 
 @OBJECTIVES.register

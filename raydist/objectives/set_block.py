@@ -13,12 +13,12 @@ import torch
 from pydantic import Field, model_validator
 
 from raydist.config.registries import OBJECTIVES
-from raydist.core.errors import ConfigError
 from raydist.core.rng import RowRng
 from raydist.core.rows import Rows
-from raydist.core.terms import HeadTerm, TermResult
+from raydist.core.terms import CrossEntropyTerm, HeadTerm, TermResult
+from raydist.core.token_ids import TokenIds
 from raydist.models.mask_spec import SetBlockMask, document_positions
-from raydist.objectives.base import LossTerms, Mean, Needs, NoisedBatch, Objective, ObjectiveConfig, TokenIds
+from raydist.objectives.base import LossTerms, Mean, Needs, NoisedBatch, Objective, ObjectiveConfig, require_mask_id
 from raydist.objectives.next_token import flat_positions, next_token_targets, packed_documents
 
 
@@ -79,11 +79,10 @@ class SetBlock(Objective):
     def terms(self, noised: NoisedBatch) -> list[HeadTerm]:
         """Two cross entropies over one denominator: ``ntp`` on the clean half, ``matp`` on the noised half."""
         return [
-            HeadTerm(
+            CrossEntropyTerm(
                 name=name,
                 positions_T=noised.targets[f"{name}_positions_T"],
                 targets_T=noised.targets[f"{name}_targets_T"],
-                weights_T=None,
             )
             for name in ("ntp", "matp")
         ]
@@ -119,12 +118,5 @@ class SetBlockConfig(ObjectiveConfig):
         Raises:
             ConfigError: the vocabulary has no mask id.
         """
-        if ids.mask is None:
-            raise ConfigError(
-                "mask id missing: the vocabulary has no mask token",
-                where="objective.name",
-                found=f"{self.name} on a dataset whose special ids have no mask",
-                expected="a mask id in the dataset's manifest.json",
-                fix="prepare the dataset again with this version: raydist data prepare adds one",
-            )
-        return SetBlock(mask_id=ids.mask, block_size_min=self.block_size_min, block_size_max=self.block_size_max)
+        mask_id = require_mask_id(ids, objective=self.name)
+        return SetBlock(mask_id=mask_id, block_size_min=self.block_size_min, block_size_max=self.block_size_max)

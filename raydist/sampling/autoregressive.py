@@ -11,7 +11,7 @@ from torch import Tensor
 
 from raydist.config.registries import SAMPLERS
 from raydist.models.mask_spec import CachedMask
-from raydist.sampling.base import Generation, Sampler, SamplerConfig
+from raydist.sampling.base import Generation, Sampler, SamplerConfig, Trained
 from raydist.sampling.drawing import draw_tokens, prompt_uniforms
 from raydist.sampling.kv_cache import KvCache
 from raydist.sampling.prefill import prefill
@@ -100,6 +100,6 @@ class AutoregressiveConfig(SamplerConfig):
     top_p: float | None = Field(default=None, gt=0, le=1)
     """Draw among the most likely tokens that hold this much probability; null for all."""
 
-    def build(self, *, stop_ids: Sequence[int], mask_id: int | None, seed: int) -> Autoregressive:
+    def build(self, trained: Trained) -> Autoregressive:
         """The sampler; a vocabulary with a mask id never yields it."""
-        return Autoregressive(self, stop_ids=stop_ids, mask_id=mask_id, seed=seed)
+        return Autoregressive(self, stop_ids=trained.stop_ids, mask_id=trained.ids.mask, seed=trained.seed)

@@ -3,11 +3,55 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from raydist.config.base import StrictModel
+from raydist.core.errors import ConfigError
+from raydist.core.token_ids import TokenIds
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a sampler must know of a model beside its weights.
+
+    Attributes:
+        ids: vocabulary size and special ids.
+        stop_ids: tokens that end a text.
+        objective: the objective's configuration (``name`` and its fields), as JSON; None for a model that raydist did not
+            train.
+        seed: of the sampling noise.
+    """
+
+    ids: TokenIds
+    stop_ids: tuple[int, ...] = ()
+    objective: Mapping[str, Any] | None = None
+    seed: int = 0
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any], *, vocab_size: int, seed: int) -> Trained:
+        """From the contents of ``raydist.json`` (:func:`raydist.models.hf.read_meta`)."""
+        ids = TokenIds(
+            vocab_size=vocab_size, **{name: meta["token_ids"][name] for name in ("bos", "eos", "mask", "pad")}
+        )
+        return cls(ids=ids, stop_ids=tuple(meta["stop_ids"]), objective=meta.get("objective"), seed=seed)
+
+    def require_mask_id(self, *, sampler: str) -> int:
+        """The vocabulary's mask id.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if self.ids.mask is None:
+            raise ConfigError(
+                "mask id missing: the model's vocabulary has no mask token",
+                where="sampler",
+                found=sampler,
+                expected="a model whose raydist.json names a mask id, as every model trained from a recipe does",
+                fix="use --sampler autoregressive",
+            )
+        return self.ids.mask
 
 
 @dataclass(frozen=True)
@@ -19,12 +63,15 @@ class Generation:
         num_forwards: model forwards spent on this prompt up to its stop.
         revealed_at: for each generated token the forward, counted from 1, in which it was fixed.
         stopped: True where a stop id ended it, False where the length limit did.
+        states: the whole generated sequence after each forward, for samplers that replace, insert or delete tokens, so that
+            an animation can show it; None where ``revealed_at`` tells the whole story.
     """
 
     tokens: list[int]
     num_forwards: int
     revealed_at: list[int]
     stopped: bool
+    states: list[list[int]] | None = None
 
     @property
     def tokens_per_forward(self) -> float:
@@ -45,6 +92,27 @@ class Sampler(ABC):
             max_new_tokens: an upper limit per prompt.
         """
 
+    def infill(
+        self, model: Any, prefixes: Sequence[Sequence[int]], suffixes: Sequence[Sequence[int]], *, num_new_tokens: int
+    ) -> list[Generation]:
+        """Fills the gap between each prefix and its suffix; ``tokens`` are those of the gap.
+
+        Args:
+            model: a decoder in evaluation mode.
+            prefixes: token ids before the gap; may be empty.
+            suffixes: token ids behind the gap; may be empty.
+            num_new_tokens: tokens in the gap; an upper limit for samplers that choose the length.
+
+        Raises:
+            ConfigError: this sampler only continues text.
+        """
+        raise ConfigError(
+            "this sampler continues text and cannot fill a gap",
+            where="sampler",
+            found=type(self).__name__,
+            expected="a sampler of a model that sees both sides, e.g. masked or discrete_flow",
+        )
+
 
 class SamplerConfig(StrictModel, ABC):
     """The base of a sampler's configuration; a subclass is registered under its ``name``."""
@@ -52,9 +120,9 @@ class SamplerConfig(StrictModel, ABC):
     name: str
 
     @abstractmethod
-    def build(self, *, stop_ids: Sequence[int], mask_id: int | None, seed: int) -> Sampler:
-        """The sampler for a vocabulary.
+    def build(self, trained: Trained) -> Sampler:
+        """The sampler for a trained model.
 
         Raises:
-            ConfigError: the vocabulary lacks a mask id that the sampler needs.
+            ConfigError: the vocabulary lacks a mask id that the sampler needs, or the model was trained for other samplers.
         """

@@ -13,22 +13,39 @@ from torch import Tensor
 from raydist.core.rng import RowRng
 
 
-def prompt_uniforms(prompts: Sequence[Sequence[int]], *, seed: int, num_positions: int, device: torch.device) -> Tensor:
-    """One uniform in [0, 1) per prompt and new position, float64 ``[B, num_positions]``, multiples of 2**-48.
+class PromptNoise:
+    """Uniform draws that belong to a prompt and a purpose, not to the batch.
 
     The key is (seed, the prompt's tokens, how many equal prompts come before it), so that what else is in the batch,
     and in which order, does not change a prompt's continuation, while equal prompts get different ones.
     """
-    seen: Counter[bytes] = Counter()
-    rows, repeats = [], []
-    for prompt in prompts:
-        digest = hashlib.blake2b(np.asarray(prompt, dtype="<i8").tobytes(), digest_size=8).digest()
-        rows.append(int.from_bytes(digest, "little", signed=True))
-        repeats.append(seen[digest])
-        seen[digest] += 1
-    rng = RowRng(seed=seed, step=0, epochs_B=torch.tensor(repeats), rows_B=torch.tensor(rows))
-    high, low = rng.words("sampling/token", num_positions)
-    return (high.double() * 2.0**-32 + (low >> 16).double() * 2.0**-48).to(device)
+
+    def __init__(self, prompts: Sequence[Sequence[int]], *, seed: int, device: torch.device) -> None:
+        seen: Counter[bytes] = Counter()
+        rows, repeats = [], []
+        for prompt in prompts:
+            digest = hashlib.blake2b(np.asarray(prompt, dtype="<i8").tobytes(), digest_size=8).digest()
+            rows.append(int.from_bytes(digest, "little", signed=True))
+            repeats.append(seen[digest])
+            seen[digest] += 1
+        self._rng = RowRng(seed=seed, step=0, epochs_B=torch.tensor(repeats), rows_B=torch.tensor(rows))
+        self._device = device
+
+    def uniforms(self, purpose: str, num_positions: int) -> Tensor:
+        """One uniform in [0, 1) per prompt and position, float64 ``[B, num_positions]``, multiples of 2**-48.
+
+        Args:
+            purpose: names an independent stream, e.g. ``"token"`` or, in a sampler that draws anew in every forward,
+                ``f"jump/{forward}"``.
+            num_positions: a longer draw begins with the shorter one.
+        """
+        high, low = self._rng.words(f"sampling/{purpose}", num_positions)
+        return (high.double() * 2.0**-32 + (low >> 16).double() * 2.0**-48).to(self._device)
+
+
+def prompt_uniforms(prompts: Sequence[Sequence[int]], *, seed: int, num_positions: int, device: torch.device) -> Tensor:
+    """One uniform per prompt and new position, ``[B, num_positions]``, for samplers that draw each position once."""
+    return PromptNoise(prompts, seed=seed, device=device).uniforms("token", num_positions)
 
 
 def draw_tokens(

@@ -14,9 +14,8 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from raydist.config.registries import SAMPLERS
-from raydist.core.errors import ConfigError
 from raydist.models.mask_spec import CachedMask
-from raydist.sampling.base import Generation, Sampler, SamplerConfig
+from raydist.sampling.base import Generation, Sampler, SamplerConfig, Trained
 from raydist.sampling.drawing import draw_tokens, prompt_uniforms
 from raydist.sampling.kv_cache import KvCache
 from raydist.sampling.prefill import prefill
@@ -184,18 +183,11 @@ class SetBlockSamplerConfig(SamplerConfig):
     proxy: Proxy = "entropy"
     """The order in which positions are trusted."""
 
-    def build(self, *, stop_ids: Sequence[int], mask_id: int | None, seed: int) -> SetBlock:
+    def build(self, trained: Trained) -> SetBlock:
         """The sampler.
 
         Raises:
             ConfigError: the vocabulary has no mask id.
         """
-        if mask_id is None:
-            raise ConfigError(
-                "mask id missing: the model's vocabulary has no mask token",
-                where="sampler",
-                found=self.name,
-                expected="a model trained with objective.name=set_block, whose raydist.json names a mask id",
-                fix="use --sampler autoregressive",
-            )
-        return SetBlock(self, stop_ids=stop_ids, mask_id=mask_id, seed=seed)
+        mask_id = trained.require_mask_id(sampler=self.name)
+        return SetBlock(self, stop_ids=trained.stop_ids, mask_id=mask_id, seed=trained.seed)

@@ -16,6 +16,7 @@ from raydist.evaluation.curves import draw_curves
 from raydist.evaluation.trace import draw_trace, token_pieces
 from raydist.fsdp_utils.materialize import full_state
 from raydist.models.hf import load_decoder, save_hf
+from raydist.sampling.base import Trained
 from raydist.tracking.base import Tracker
 from raydist.tracking.jsonl import read_curve
 from raydist.training import run_dir as layout
@@ -55,9 +56,7 @@ def _sample_prompts(sampling: SamplingConfig, *, run_dir: str, pictures: str) ->
     export = storage.join(run_dir, layout.EXPORT)
     decoder, meta = load_decoder(export)
     tokenizer = Tokenizer.load(storage.join(export, "tokenizer.json"))
-    ids = meta["token_ids"]
-    stop_ids = [] if ids["eos"] is None else [ids["eos"]]
-    sampler = sampling.sampler.build(stop_ids=stop_ids, mask_id=ids["mask"], seed=0)
+    sampler = sampling.sampler.build(Trained.from_meta(meta, vocab_size=decoder.config.vocab_size, seed=0))
     prompts = [tokenizer.encode(prompt) for prompt in sampling.prompts]
     generations = sampler.generate(decoder, prompts, max_new_tokens=sampling.max_new_tokens)
     texts = [

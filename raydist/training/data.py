@@ -10,8 +10,8 @@ from data_loaders.manifest import Manifest
 from data_loaders.mixture import DatasetWeight, Mixture, open_mixture
 from data_loaders.order import OrderName
 from raydist.config.schema import DataConfig, DatasetConfig
+from raydist.core.token_ids import TokenIds
 from raydist.core.units import parse_bytes
-from raydist.objectives.base import TokenIds
 
 
 @dataclass(frozen=True)

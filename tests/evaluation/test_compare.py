@@ -1,6 +1,6 @@
 from raydist.config.registries import SAMPLERS
 from raydist.evaluation.compare import compare_samplers, sampler_label
-from tests.sampling.decoders import MASK_ID, tiny_decoder
+from tests.sampling.decoders import tiny_decoder, trained
 
 PROMPTS = [[1, 2, 3], [4]]
 
@@ -11,7 +11,7 @@ def test_rows_add_up_what_the_samplers_did():
         SAMPLERS.parse("autoregressive"),
         *(SAMPLERS.parse({"name": "set_block", "block_size": 4, "gamma": gamma}) for gamma in (0.0, 0.9, 100.0)),
     ]
-    rows = compare_samplers(decoder, PROMPTS, configs=configs, stop_ids=(), mask_id=MASK_ID, seed=0, max_new_tokens=12)
+    rows = compare_samplers(decoder, PROMPTS, configs=configs, trained=trained(), max_new_tokens=12)
     assert [row.gamma for row in rows] == [None, 0.0, 0.9, 100.0]
     assert [row.num_tokens for row in rows] == [24] * 4
     assert rows[0].num_forwards == 24
@@ -19,7 +19,7 @@ def test_rows_add_up_what_the_samplers_did():
     assert rows[3].num_forwards == 2 * (1 + 3)
     assert rows[1].num_forwards > rows[2].num_forwards > rows[3].num_forwards
     for config, row in zip(configs, rows, strict=True):
-        sampler = config.build(stop_ids=(), mask_id=MASK_ID, seed=0)
+        sampler = config.build(trained())
         assert row.generations == sampler.generate(decoder, PROMPTS, max_new_tokens=12)
         assert row.tokens_per_forward == row.num_tokens / row.num_forwards
         assert row.seconds > 0

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raydist.core.dist import Workers
-from raydist.core.terms import HeadTerm
+from raydist.core.terms import CrossEntropyTerm
 from raydist.fsdp_utils.apply import reshard
 from raydist.fsdp_utils.materialize import full_state, materialize
 from raydist.fsdp_utils.mesh import make_mesh
@@ -57,7 +57,7 @@ def backward_of_rows(decoder: Decoder, *, rows: slice) -> float:
     tokens_BL, mask_BL = tokens_of_rows()[rows], loss_mask_of_rows()[rows]
     positions_T = mask_BL.view(-1).nonzero()[:, 0]
     targets_T = ((tokens_BL + 3) % 37).view(-1)[positions_T]
-    term = HeadTerm("next", positions_T, targets_T, None)
+    term = CrossEntropyTerm(name="next", positions_T=positions_T, targets_T=targets_T)
     (result,) = decoder(tokens_BL, torch.arange(LENGTH)[None], CausalMask(length=LENGTH), [term])
     loss = result.loss_sum / loss_mask_of_rows().sum()
     loss.backward()

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from raydist.core.errors import ModelError
-from raydist.core.terms import HeadTerm
+from raydist.core.terms import CrossEntropyTerm
 from raydist.models.decoder import Decoder
 from raydist.models.init import initialize
 from raydist.models.mask_spec import CachedMask, CausalMask, SetBlockMask, document_positions
@@ -117,8 +117,8 @@ def test_terms_equal_cross_entropy_of_the_logits(decoder):
     targets = random_tokens(2, 10, seed=2)
     some = torch.tensor([3, 17, 0, 9])
     terms = [
-        HeadTerm(name="all", positions_T=torch.arange(20), targets_T=targets.flatten(), weights_T=None),
-        HeadTerm(
+        CrossEntropyTerm(name="all", positions_T=torch.arange(20), targets_T=targets.flatten(), weights_T=None),
+        CrossEntropyTerm(
             name="some",
             positions_T=some,
             targets_T=targets.flatten()[some],
@@ -140,7 +140,9 @@ def test_terms_equal_cross_entropy_of_the_logits(decoder):
 
 
 def test_a_head_that_the_model_lacks_is_named():
-    term = HeadTerm(name="x", positions_T=torch.tensor([0]), targets_T=torch.tensor([0]), weights_T=None, head="time")
+    term = CrossEntropyTerm(
+        name="x", positions_T=torch.tensor([0]), targets_T=torch.tensor([0]), weights_T=None, head="time"
+    )
     with pytest.raises(ModelError, match="found:    time\n  expected: lm"):
         lively_decoder(CONFIGS["llama3"])(random_tokens(1, 3), torch.arange(3)[None], CausalMask(length=3), [term])
 
@@ -153,7 +155,7 @@ def test_loss_at_initialisation_is_that_of_a_uniform_guess(preset):
     decoder = Decoder(config)
     initialize(decoder, seed=0)
     tokens = random_tokens(2, 64, vocab_size=2048)
-    term = HeadTerm(
+    term = CrossEntropyTerm(
         name="ntp",
         positions_T=torch.arange(128),
         targets_T=random_tokens(128, vocab_size=2048, seed=1),
@@ -169,7 +171,7 @@ def test_one_batch_can_be_learned_by_heart():
     decoder = Decoder(CONFIGS["llama3-tied"])
     initialize(decoder, seed=0)
     tokens = random_tokens(2, 17)
-    term = HeadTerm(name="ntp", positions_T=torch.arange(32), targets_T=tokens[:, 1:].flatten(), weights_T=None)
+    term = CrossEntropyTerm(name="ntp", positions_T=torch.arange(32), targets_T=tokens[:, 1:].flatten(), weights_T=None)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-2)
     for _ in range(60):
         (result,) = decoder(tokens[:, :-1], torch.arange(16)[None], CausalMask(length=16), [term])

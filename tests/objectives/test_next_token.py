@@ -4,7 +4,7 @@ from torch.nn import functional as F
 
 from raydist.core.rng import RowRng
 from raydist.core.rows import Rows
-from raydist.objectives.base import TokenIds
+from raydist.core.token_ids import TokenIds
 from raydist.objectives.next_token import NextTokenConfig
 from tests.sampling.decoders import tiny_decoder
 

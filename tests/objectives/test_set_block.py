@@ -8,8 +8,8 @@ from raydist.config.registries import OBJECTIVES
 from raydist.core.errors import ConfigError
 from raydist.core.rng import RowRng
 from raydist.core.rows import Rows
+from raydist.core.token_ids import TokenIds
 from raydist.models.mask_spec import CachedMask, CausalMask
-from raydist.objectives.base import TokenIds
 from raydist.objectives.next_token import NextTokenConfig
 from raydist.objectives.set_block import SetBlockConfig
 from raydist.sampling.kv_cache import KvCache

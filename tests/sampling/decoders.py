@@ -2,9 +2,11 @@
 
 import torch
 
+from raydist.core.token_ids import TokenIds
 from raydist.models.config import DecoderConfig
 from raydist.models.decoder import Decoder
 from raydist.models.init import initialize
+from raydist.sampling.base import Trained
 
 VOCAB_SIZE, MASK_ID = 12, 11
 
@@ -30,3 +32,9 @@ def tiny_decoder(*, family="llama", seed=0, dtype=torch.float64):
             if name == "head.weight":
                 parameter.mul_(2.5 / 4 / parameter.std())
     return decoder.to(dtype).eval()
+
+
+def trained(*, stop_ids=(), mask_id=MASK_ID, seed=0, vocab_size=VOCAB_SIZE, objective=None):
+    """What a sampler is built from."""
+    ids = TokenIds(vocab_size=vocab_size, bos=None, eos=None, mask=mask_id, pad=None)
+    return Trained(ids=ids, stop_ids=tuple(stop_ids), objective=objective, seed=seed)

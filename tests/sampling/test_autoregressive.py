@@ -4,7 +4,7 @@ import torch
 from raydist.config.registries import SAMPLERS
 from raydist.core.errors import ConfigError
 from raydist.models.mask_spec import CausalMask
-from tests.sampling.decoders import MASK_ID, VOCAB_SIZE, tiny_decoder
+from tests.sampling.decoders import MASK_ID, VOCAB_SIZE, tiny_decoder, trained
 from tests.sampling.oracle import OracleDecoder, chi_square, empirical_law, random_law
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 1], [1, 2, 3]]
@@ -12,7 +12,7 @@ PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 1], [1, 2, 3]]
 
 def sampler_of(*, stop_ids=(), mask_id=MASK_ID, seed=0, **fields):
     config = SAMPLERS.parse({"name": "autoregressive", **fields})
-    return config.build(stop_ids=stop_ids, mask_id=mask_id, seed=seed)
+    return config.build(trained(stop_ids=stop_ids, mask_id=mask_id, seed=seed))
 
 
 def uncached_greedy(decoder, prompt, num_tokens, *, banned=MASK_ID):

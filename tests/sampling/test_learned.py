@@ -6,10 +6,11 @@ import torch
 from raydist.config.registries import OBJECTIVES, SAMPLERS
 from raydist.core.rng import RowRng
 from raydist.core.rows import Rows
+from raydist.core.token_ids import TokenIds
 from raydist.models.config import DecoderConfig
 from raydist.models.decoder import Decoder
 from raydist.models.init import initialize
-from raydist.objectives.base import TokenIds
+from tests.sampling.decoders import trained
 
 PERIOD, MASK_ID, LENGTH = 7, 7, 24
 
@@ -61,7 +62,7 @@ def counting_decoder():
     ],
 )
 def test_samplers_continue_what_was_learned(counting_decoder, settings, most_forwards):
-    sampler = SAMPLERS.parse(settings).build(stop_ids=(), mask_id=MASK_ID, seed=0)
+    sampler = SAMPLERS.parse(settings).build(trained(mask_id=MASK_ID))
     prompts = [[3, 4, 5], [0], [5, 6, 0, 1]]
     for prompt, generation in zip(prompts, sampler.generate(counting_decoder, prompts, max_new_tokens=14), strict=True):
         assert generation.tokens == [(prompt[-1] + 1 + i) % PERIOD for i in range(14)]

@@ -13,7 +13,7 @@ from raydist.models.mask_spec import CachedMask, CausalMask
 from raydist.sampling.kv_cache import KvCache
 from raydist.sampling.prefill import prefill
 from raydist.sampling.unmasking import entropy_bounded_reveal
-from tests.sampling.decoders import MASK_ID, tiny_decoder
+from tests.sampling.decoders import MASK_ID, tiny_decoder, trained
 from tests.sampling.oracle import (
     OracleDecoder,
     chi_square,
@@ -31,7 +31,7 @@ LN2 = math.log(2.0)
 
 def sampler_of(*, stop_ids=(), mask_id=MASK_ID, seed=0, **fields):
     config = SAMPLERS.parse({"name": "set_block", **fields})
-    return config.build(stop_ids=stop_ids, mask_id=mask_id, seed=seed)
+    return config.build(trained(stop_ids=stop_ids, mask_id=mask_id, seed=seed))
 
 
 def uncached_greedy(decoder, prompt, *, block_size, gamma, max_new_tokens, proxy="entropy"):
@@ -143,9 +143,7 @@ def test_07_block_size_one_is_autoregressive_decoding_for_an_oracle():
     oracle = OracleDecoder(law)
     prompts = [[oracle.bos]] * 50
     one = sampler_of(mask_id=oracle.mask_id, block_size=1, temperature=1.0)
-    plain = SAMPLERS.parse({"name": "autoregressive", "temperature": 1.0}).build(
-        stop_ids=(), mask_id=oracle.mask_id, seed=0
-    )
+    plain = SAMPLERS.parse({"name": "autoregressive", "temperature": 1.0}).build(trained(mask_id=oracle.mask_id))
     tokens = [generation.tokens for generation in one.generate(oracle, prompts, max_new_tokens=4)]
     assert tokens == [generation.tokens for generation in plain.generate(oracle, prompts, max_new_tokens=4)]
     assert len({tuple(text) for text in tokens}) > 5

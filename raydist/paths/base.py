@@ -1,0 +1,104 @@
+"""The contract of a discrete probability path.
+
+A path ``p_t(x | x1)`` carries a source law at t = 0 to the clean token ``x1`` at t = 1; positions are independent given the
+clean sequence. Its velocity ``u_t(v, z | x1)`` is the rate at which a token z turns into v, so that
+``d p_t(v) / dt = sum_z u_t(v, z) p_t(z)`` with ``u_t(z, z) = - sum_{v != z} u_t(v, z)``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from raydist.config.base import StrictModel
+from raydist.core.rng import RowRng
+from raydist.core.terms import TokenRates
+from raydist.core.token_ids import TokenIds
+
+
+@dataclass(frozen=True)
+class JumpNoise:
+    """Two independent uniforms per token for one step: whether it jumps, and where to. float, any common shape."""
+
+    whether: Tensor
+    where: Tensor
+
+
+class Path(ABC):
+    """A conditional probability path over tokens ``0 .. vocab_size - 1``.
+
+    ``X`` stands for any shape; times broadcast against it. Dense methods build ``[X, V]`` and are for oracles and small
+    vocabularies; :meth:`corrupt` and :meth:`jump` never build more than one chunk of it.
+    """
+
+    vocab_size: int
+
+    @abstractmethod
+    def probabilities(self, clean_X: Tensor, time_X: Tensor, *, start_X: Tensor | None = None) -> Tensor:
+        """``p_t(. | x1)``, ``[X, V]``; given ``start_X`` conditioned on the source token x0 as well."""
+
+    @abstractmethod
+    def velocity(self, clean_X: Tensor, current_X: Tensor, time_X: Tensor) -> Tensor:
+        """``u_t(. , current | clean)``, ``[X, V]``, rows sum to 0."""
+
+    @abstractmethod
+    def draw_start(self, clean_BL: Tensor, *, uniforms_BL: Tensor) -> Tensor:
+        """Source tokens x0, int64 ``[B, L]``, by inverse transform of the uniforms; ``clean_BL`` gives the shape, and the
+        tokens for a source that depends on them.
+        """
+
+    @abstractmethod
+    def corrupt(self, clean_BL: Tensor, *, start_BL: Tensor, time_BL: Tensor, uniforms_BL: Tensor) -> Tensor:
+        """Draws ``x_t ~ p_t(. | x0, x1)``, int64 ``[B, L]``; a position with ``start = clean`` stays clean."""
+
+    @abstractmethod
+    def jump(
+        self,
+        current_BL: Tensor,
+        *,
+        clean_BL: Tensor,
+        start_time_BL: Tensor,
+        stop_time_BL: Tensor,
+        corrector_BL: Tensor | None,
+        noise: JumpNoise,
+    ) -> Tensor:
+        """One always-valid step from ``start_time`` to ``stop_time`` given drawn clean tokens, int64 ``[B, L]``.
+
+        A token leaves with probability ``1 - exp(-h sum_{v != z} r(v))`` (or its exact value where the path knows it) for
+        ``v ~ r``, with ``r = u_t(., z | x1)`` plus ``corrector`` times the probability-preserving rates of the path.
+        At ``stop_time = 1`` the result is ``clean``.
+
+        Args:
+            corrector_BL: ``c_t >= 0``, broadcastable; None for 0.
+        """
+
+    @property
+    def rates(self) -> TokenRates | None:
+        """Jump rates for :class:`raydist.core.terms.ElboTerm`; None where the path is no mixture."""
+        return None
+
+
+class PathConfig(StrictModel, ABC):
+    """The base of a path's configuration; a subclass is registered under its ``name``."""
+
+    name: str
+
+    @abstractmethod
+    def build(self, ids: TokenIds) -> Path:
+        """The path for a vocabulary.
+
+        Raises:
+            ConfigError: the vocabulary lacks a mask id that the source needs, or a file cannot be read.
+        """
+
+
+class Coupling(StrictModel, ABC):
+    """How x0 and x1 belong together: which positions are data from the start."""
+
+    name: str
+
+    @abstractmethod
+    def given(self, clean_BL: Tensor, rng: RowRng) -> Tensor:
+        """Positions whose token is the clean one at every time (the condition), bool ``[B, L]``."""
