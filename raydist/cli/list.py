@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raydist.cli.output import table
+
+if TYPE_CHECKING:
+    from raydist.config.base import Registry
+
+
+# names of registries in raydist/config/registries.py, in lower case
+_KINDS = ("objectives", "paths", "schedules", "sources", "couplings", "samplers", "unmasking")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
-    parser.add_argument("what", choices=["objectives", "samplers", "models"])
+    parser.add_argument("what", choices=[*_KINDS, "models"])
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the verb."""
     if args.what == "models":
         return {"models": _models()}
-    from raydist.config.registries import OBJECTIVES, SAMPLERS
+    from raydist.config import registries
 
-    described = {"objectives": OBJECTIVES, "samplers": SAMPLERS}[args.what].describe()
-    table([args.what[:-1], "what it is"], list(described.items()))
+    registry: Registry = getattr(registries, args.what.upper())
+    described = registry.describe()
+    table([registry.kind, "what it is"], list(described.items()))
     return {args.what: described}
 
 

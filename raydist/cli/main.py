@@ -21,7 +21,7 @@ VERBS = {
     "artifacts": ("raydist.cli.artifacts", "list and pull a run's artifacts"),
     "export": ("raydist.cli.export", "write a Hugging Face directory that transformers loads"),
     "config": ("raydist.cli.config", "show a resolved recipe, or the JSON schema of recipes"),
-    "list": ("raydist.cli.list", "list objectives, samplers and models"),
+    "list": ("raydist.cli.list", "list objectives, paths, schedules, samplers, models, ..."),
 }
 
 

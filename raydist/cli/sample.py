@@ -49,7 +49,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="begin each prompt with the begin-of-text token (default: for models that raydist did not train)",
     )
     parser.add_argument(
-        "--trace", metavar="FILE.png", help="draw which token of the first prompt came in which forward"
+        "--trace",
+        metavar="FILE",
+        help="draw which token of the first prompt came in which forward: .png, .svg or .pdf, or .html for an animation",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights and cache")
@@ -105,7 +107,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "generations": [report.generation_row(generation, tokenizer=model.tokenizer) for generation in generations],
         }
     if args.trace:
-        report.draw(args.trace, traced, config=config, tokenizer=model.tokenizer, prompt=texts[0])
+        report.draw(
+            args.trace,
+            traced,
+            config=config,
+            tokenizer=model.tokenizer,
+            prompt=texts[0],
+            mask_id=trained.ids.mask,
+        )
     return {"model": model.folder, "prompts": texts, **result, "trace": args.trace}
 
 

@@ -79,24 +79,38 @@ def comparison_row(result: SamplerResult, *, tokenizer: Tokenizer) -> dict[str, 
     }
 
 
-def draw(path: str, generation: Generation, *, config: SamplerConfig, tokenizer: Tokenizer, prompt: str) -> None:
-    """Writes the picture of a decoding trace and says where it is.
+def draw(
+    path: str,
+    generation: Generation,
+    *,
+    config: SamplerConfig,
+    tokenizer: Tokenizer,
+    prompt: str,
+    mask_id: int | None,
+) -> None:
+    """Writes the picture of a decoding trace, or its animation where the file ends in ``.html``, and says where it is.
 
     Raises:
-        ConfigError: the file cannot be written, or its ending names no picture format.
+        ConfigError: the file cannot be written, or its ending names no format.
     """
     import os
 
     from raydist.core.errors import ConfigError
+    from raydist.evaluation.animation import write_animation
     from raydist.evaluation.compare import sampler_label
     from raydist.evaluation.trace import draw_trace, token_pieces
 
-    pieces = token_pieces(generation.tokens, decode=tokenizer.decode)
+    title = sampler_label(config)
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        draw_trace(generation, pieces, path=path, title=sampler_label(config), prompt=prompt)
+        if path.endswith(".html"):
+            decode = tokenizer.decode
+            write_animation(generation, decode=decode, mask_id=mask_id, path=path, title=title, prompt=prompt)
+        else:
+            pieces = token_pieces(generation.tokens, decode=tokenizer.decode)
+            draw_trace(generation, pieces, path=path, title=title, prompt=prompt)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            "the picture cannot be written", where=path, found=str(error), expected="a .png, .pdf or .svg file"
+            "the picture cannot be written", where=path, found=str(error), expected="a .png, .pdf, .svg or .html file"
         ) from None
     say(f"decoding trace: {path}")

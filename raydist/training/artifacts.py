@@ -11,6 +11,7 @@ from raydist.config.load import Recipe
 from raydist.config.schema import SamplingConfig
 from raydist.core import storage
 from raydist.core.dist import Workers, barrier
+from raydist.evaluation.animation import write_animation
 from raydist.evaluation.compare import sampler_label
 from raydist.evaluation.curves import draw_curves
 from raydist.evaluation.trace import draw_trace, token_pieces
@@ -56,7 +57,8 @@ def _sample_prompts(sampling: SamplingConfig, *, run_dir: str, pictures: str) ->
     export = storage.join(run_dir, layout.EXPORT)
     decoder, meta = load_decoder(export)
     tokenizer = Tokenizer.load(storage.join(export, "tokenizer.json"))
-    sampler = sampling.sampler.build(Trained.from_meta(meta, vocab_size=decoder.config.vocab_size, seed=0))
+    trained = Trained.from_meta(meta, vocab_size=decoder.config.vocab_size, seed=0)
+    sampler = sampling.sampler.build(trained)
     prompts = [tokenizer.encode(prompt) for prompt in sampling.prompts]
     generations = sampler.generate(decoder, prompts, max_new_tokens=sampling.max_new_tokens)
     texts = [
@@ -69,12 +71,15 @@ def _sample_prompts(sampling: SamplingConfig, *, run_dir: str, pictures: str) ->
         for prompt, generation in zip(sampling.prompts, generations, strict=True)
     ]
     storage.write_json(storage.join(pictures, "samples.json"), texts)
-    draw_trace(
+    shown = {"title": sampler_label(sampling.sampler), "prompt": sampling.prompts[0]}
+    pieces = token_pieces(generations[0].tokens, decode=tokenizer.decode)
+    draw_trace(generations[0], pieces, path=os.path.join(pictures, "trace.png"), **shown)
+    write_animation(
         generations[0],
-        token_pieces(generations[0].tokens, decode=tokenizer.decode),
-        path=os.path.join(pictures, "trace.png"),
-        title=sampler_label(sampling.sampler),
-        prompt=sampling.prompts[0],
+        decode=tokenizer.decode,
+        mask_id=trained.ids.mask,
+        path=os.path.join(pictures, "trace.html"),
+        **shown,
     )
 
 
