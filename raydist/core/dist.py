@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
+
+_GLOO_RELEASE_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,18 @@ def process_group(*, timeout_s: float = 1800.0) -> Iterator[Workers]:
     try:
         yield current_workers()
     finally:
-        torch_dist.destroy_process_group()
+        leave_process_group()
+
+
+def leave_process_group() -> None:
+    """Destroys the process group once gloo's threads are done with the last collective.
+
+    A gloo thread that drops the last reference to a tensor with a Python object takes Python's lock for it. Where the
+    interpreter is already shutting down, that ends the process with SIGABRT, after everything went well. Sleeping hands the
+    lock to such a thread.
+    """
+    time.sleep(_GLOO_RELEASE_S)
+    torch_dist.destroy_process_group()
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as torch_dist
 import torch.multiprocessing as torch_mp
 
-from raydist.core.dist import Workers, process_group
+from raydist.core.dist import Workers, leave_process_group, process_group
 
 
 def run_workers(function: Callable[..., None], *args: Any, world_size: int, store_path: str) -> None:
@@ -26,7 +26,7 @@ def _worker(rank: int, world_size: int, store_path: str, function: Callable[...,
     try:
         function(Workers(rank, rank, world_size, torch.device("cpu")), *args)
     finally:
-        torch_dist.destroy_process_group()
+        leave_process_group()
 
 
 def run_alone(function: Callable[..., None], *args: Any) -> None:
