@@ -33,8 +33,8 @@ PART_ROWS = 4096
 BAR_LIMIT = (
     "Both gather rows from mapped files and cast them to int64, which is all that numpy memmap does. Beside that the loader "
     "computes the order, sorts rows by shard and back, numbers the documents and makes the record; parts_us_per_batch tells "
-    "what these cost. A second thread does not hide it from a consumer that does nothing else, because the calls are too "
-    "short to pass Python's lock to and fro; a consumer that trains leaves the lock free."
+    "what these cost. All contenders run without a worker or a thread: with nothing to do in the consumer there is nothing "
+    "to overlap with."
 )
 
 

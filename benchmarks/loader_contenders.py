@@ -87,7 +87,8 @@ def _raydist(folder: Path) -> Batches:
     mixture = open_mixture(folder, seq_len=SEQ_LEN)
 
     def batches() -> Iterator[Any]:
-        loader: Loader[Rows] = Loader(mixture, batch_rows=BATCH_ROWS, num_steps=mixture.num_rows // BATCH_ROWS)
+        num_steps = mixture.num_rows // BATCH_ROWS
+        loader: Loader[Rows] = Loader(mixture, batch_rows=BATCH_ROWS, num_steps=num_steps, prefetch_steps=0)
         for rows in loader:
             yield rows.tokens_BS
 
@@ -206,7 +207,7 @@ def _streaming(folder: Path) -> Batches:
 ENTRIES = {
     "raydist": Entry(
         None,
-        "keyed shuffle computed on the way, 8 shards, documents, row ids and epochs of each batch, one prefetch thread",
+        "keyed shuffle computed on the way, 8 shards, documents, row ids and epochs of each batch, 0 workers",
         _raydist,
     ),
     "numpy memmap": Entry("numpy", "rows of one mapped file in an order drawn before; tokens only", _memmap),

@@ -31,6 +31,7 @@ class Chunk:
         first_pieces_N1: the first piece of each sample; the last entry is the number of pieces.
         rows_N: global row ids.
         epochs_N: how often each row was read before.
+        samples_N: each row's number in the whole run.
     """
 
     tokens_NS: npt.NDArray[Any]
@@ -40,6 +41,7 @@ class Chunk:
     first_pieces_N1: IntArray
     rows_N: IntArray
     epochs_N: IntArray
+    samples_N: IntArray
 
     def batches(self, num_rows: int, *, first_step: int) -> Iterator[Rows]:
         """Batches of ``num_rows`` rows, each widened when it is taken, so that its tensors stay in the CPU's cache."""
@@ -56,6 +58,7 @@ class Chunk:
             loss_mask_BS=None if self.loss_mask_NS is None else torch.from_numpy(self.loss_mask_NS[start:stop]),
             rows_B=torch.from_numpy(self.rows_N[start:stop]),
             epochs_B=torch.from_numpy(self.epochs_N[start:stop]),
+            samples_B=torch.from_numpy(self.samples_N[start:stop]),
         )
 
 
@@ -76,7 +79,7 @@ def gather(mixture: Mixture, samples_N: IntArray) -> Chunk:
         cut_samples.append(chosen_G[owners_K])
         cuts.append(cuts_K)
     pieces = _pieces(np.concatenate(cut_samples), np.concatenate(cuts), shape=shape)
-    return Chunk(tokens_NS, mask_NS, *pieces, addresses.rows_N, addresses.epochs_N)
+    return Chunk(tokens_NS, mask_NS, *pieces, addresses.rows_N, addresses.epochs_N, samples_N)
 
 
 def _groups(datasets_N: IntArray, shards_N: IntArray) -> Iterator[tuple[int, int, IntArray]]:

@@ -51,7 +51,8 @@ class Loader(Generic[Item]):
         start_step: the step number of the first batch.
         num_steps: batches to yield, or None for ever.
         prefetch_steps: transformed batches handed over at a time; the next such group is prepared meanwhile.
-            Without a transform, compact chunks of rows are read ahead and become batches when they are taken.
+            Without a transform, compact chunks of rows are read ahead and become batches when they are taken. 0 reads and
+            transforms in the consumer's thread.
         transform: applied to each batch in the background thread, for example an objective's corruption.
 
     Raises:
@@ -102,6 +103,9 @@ class Loader(Generic[Item]):
 
     def __iter__(self) -> Iterator[Item]:
         self.close()
+        if self._prefetch_steps == 0:
+            yield from self._without_thread()
+            return
         producer = _Producer(
             self._steps, first=self._steps_consumed, stop=self._num_steps, group_steps=self._prefetch_steps
         )
@@ -115,6 +119,12 @@ class Loader(Generic[Item]):
                     yield item
         finally:
             producer.close()
+
+    def _without_thread(self) -> Iterator[Item]:
+        for group in self._steps.groups(self._steps_consumed, stop=self._num_steps, group_steps=1):
+            for item in group:
+                self._steps_consumed += 1
+                yield item
 
     def close(self) -> None:
         """Ends the background thread and drops what it prepared. The loader may be iterated again."""

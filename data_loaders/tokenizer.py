@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from data_loaders.byte_level_bpe import ByteLevelBpe
 from data_loaders.manifest import SpecialIds
 from raydist.core import storage
 from raydist.core.errors import TokenizerError
@@ -112,6 +113,14 @@ class Tokenizer:
     def token_name(self, token_id: int) -> str | None:
         """The vocabulary's own spelling of an id, or None if no token has it."""
         return self._inner.id_to_token(token_id)
+
+    def byte_level(self) -> ByteLevelBpe:
+        """The tokenizer taken apart: bytes of each token, split into pieces, merges inside a piece.
+
+        Raises:
+            TokenizerError: its tokens are not byte strings (no byte-level BPE).
+        """
+        return ByteLevelBpe(self._content)
 
     def with_mask(self) -> Tokenizer:
         """The same tokenizer with a mask token: its own, else a reserved one, else ``<|mask|>`` as a new last id."""

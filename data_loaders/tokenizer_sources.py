@@ -7,6 +7,7 @@ import binascii
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from data_loaders.byte_level_bpe import byte_characters
 from data_loaders.tokenizer import MASK_TOKEN, Tokenizer
 from raydist.core import storage
 from raydist.core.errors import TokenizerError
@@ -91,7 +92,7 @@ def byte_tokenizer() -> Tokenizer:
     from tokenizers import Tokenizer as HfTokenizer
     from tokenizers.models import BPE
 
-    vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
+    vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
     inner = HfTokenizer(BPE(vocab=vocabulary, merges=[]))
     _set_byte_level(inner, pattern=None)
     _add_special(inner, OWN_SPECIAL_TOKENS)
@@ -146,7 +147,7 @@ def tiktoken_tokenizer(path: str) -> Tokenizer:
     from tokenizers.models import BPE
 
     ranks = read_ranks(path)
-    characters = _byte_characters()
+    characters = byte_characters()
     vocabulary = {_spell(token, characters): rank for token, rank in ranks.items()}
     inner = HfTokenizer(BPE(vocab=vocabulary, merges=_merges(ranks, characters), ignore_merges=True))
     pattern = _QWEN_PATTERN if len(ranks) == _QWEN_NUM_RANKS else _CL100K_PATTERN
@@ -218,13 +219,6 @@ def _add_special(inner: HfTokenizer, names: Sequence[str]) -> None:
     from tokenizers import AddedToken
 
     inner.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
-
-
-def _byte_characters() -> list[str]:
-    """GPT-2's printable character for each byte: itself where it is visible Latin-1, else the next from U+0100 on."""
-    visible = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return [chr(byte) if byte in visible else chr(256 + hidden.index(byte)) for byte in range(256)]
 
 
 def _spell(token: bytes, characters: Sequence[str]) -> str:

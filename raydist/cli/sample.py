@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from raydist.cli import sample_report as report
+from raydist.cli import sampler_choice as choice
 
 if TYPE_CHECKING:
     from data_loaders.tokenizer import Tokenizer
     from raydist.models.decoder import Decoder
-    from raydist.sampling.base import SamplerConfig
 
-_COMPARED_GAMMAS = (0.0, 0.35, 0.6)
 _DEFAULT_NEW_TOKENS = 128
 
 
@@ -26,20 +25,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt-file", action="append", metavar="FILE", help="one prompt, the whole file; may be repeated"
     )
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument(
+    parser.add_argument(
+        "--suffix",
+        action="append",
+        metavar="TEXT",
+        help="fill the gap between a prompt and this text instead of going on; one for each prompt",
+    )
+    parser.add_argument(
         "--sampler",
         nargs="+",
         metavar=("NAME", "key=value"),
         help="a name of `raydist list samplers` and its settings; default: the recipe's sampler",
     )
-    how.add_argument(
+    parser.add_argument(
         "--compare",
         action="store_true",
-        help="autoregressive against set_block at several gammas (or at --gamma), in one table",
+        help="the sampler at several values of the setting that trades speed for quality (or at --gamma), in one table",
     )
-    parser.add_argument("--gamma", type=float, help="entropy bound of set_block, in nats")
-    parser.add_argument("--block-size", type=int, help="mask tokens per block of set_block")
+    parser.add_argument("--gamma", type=float, help="unmask by the entropy_bounded policy with this bound, in nats")
+    parser.add_argument("--block-size", type=int, help="mask tokens per block of set_block or block")
     parser.add_argument("--temperature", type=float, help="0 is greedy")
     parser.add_argument("--max-new-tokens", type=int, help="default: the recipe's, or 128")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling noise (default: %(default)s)")
@@ -81,16 +85,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     from raydist.sampling.base import Trained
 
-    explicit = _explicit_sampler(args)
+    explicit = choice.explicit_sampler(args)
     model = _load(args)
     texts = _prompt_texts(args, model.defaults)
+    suffixes = _suffix_texts(args, num_prompts=len(texts))
     prompts = [_with_bos(model.tokenizer.encode(text), model=model, flag=args.bos) for text in texts]
-    trained = Trained.from_meta(model.meta, vocab_size=model.decoder.config.vocab_size, seed=args.seed)
+    trained = Trained.from_meta(
+        model.meta,
+        vocab_size=model.tokenizer.vocab_size,
+        seed=args.seed,
+        tokenizer=model.tokenizer.byte_level,
+    )
+    config = explicit or choice.default_sampler(args, model.defaults)
     max_new_tokens = _max_new_tokens(args, model.defaults)
     if args.compare:
         from raydist.evaluation.compare import compare_samplers
 
-        configs = _compared_samplers(args, model)
+        configs = choice.compared_samplers(args, config)
         results = compare_samplers(
             model.decoder, prompts, configs=configs, max_new_tokens=max_new_tokens, trained=trained
         )
@@ -98,9 +109,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         traced, config = results[-1].generations[0], results[-1].config
         result: dict[str, Any] = {"rows": [report.comparison_row(row, tokenizer=model.tokenizer) for row in results]}
     else:
-        config = explicit or _default_sampler(args, model)
-        generations = config.build(trained).generate(model.decoder, prompts, max_new_tokens=max_new_tokens)
-        report.show(texts, generations, tokenizer=model.tokenizer)
+        sampler = config.build(trained)
+        if suffixes:
+            behind = [model.tokenizer.encode(suffix) for suffix in suffixes]
+            generations = sampler.infill(model.decoder, prompts, behind, num_new_tokens=max_new_tokens)
+        else:
+            generations = sampler.generate(model.decoder, prompts, max_new_tokens=max_new_tokens)
+        report.show(texts, generations, suffixes=suffixes, tokenizer=model.tokenizer)
         traced = generations[0]
         result = {
             "sampler": config.model_dump(mode="json"),
@@ -115,7 +130,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             prompt=texts[0],
             mask_id=trained.ids.mask,
         )
-    return {"model": model.folder, "prompts": texts, **result, "trace": args.trace}
+    return {"model": model.folder, "prompts": texts, "suffixes": suffixes, **result, "trace": args.trace}
 
 
 def _load(args: argparse.Namespace) -> _Loaded:
@@ -133,48 +148,6 @@ def _load(args: argparse.Namespace) -> _Loaded:
         raise ConfigError("no CUDA device", where="--device", found=device, fix="use --device cpu")
     decoder, meta = load_decoder(folder, device=device, dtype=getattr(torch, args.dtype))
     return _Loaded(folder=folder, decoder=decoder, tokenizer=tokenizer, meta=meta)
-
-
-def _settings(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Those of the sampler flags that were given."""
-    return {name: value for name in names if (value := getattr(args, name)) is not None}
-
-
-def _explicit_sampler(args: argparse.Namespace) -> SamplerConfig | None:
-    """The sampler that the command line names, or None."""
-    from raydist.config.load import parse_overrides
-    from raydist.config.registries import SAMPLERS
-
-    if not args.sampler:
-        return None
-    name, *overrides = args.sampler
-    flags = _settings(args, "gamma", "block_size", "temperature")
-    config: SamplerConfig = SAMPLERS.parse({"name": name, **parse_overrides(overrides), **flags})
-    return config
-
-
-def _compared_samplers(args: argparse.Namespace, model: _Loaded) -> list[SamplerConfig]:
-    """One token a forward, then set_block as the recipe has it at several gammas."""
-    from raydist.config.registries import SAMPLERS
-
-    recipe = model.defaults.get("sampler") or {}
-    base = recipe if recipe.get("name") == "set_block" else {"name": "set_block"}
-    block = {**base, **_settings(args, "block_size", "temperature")}
-    plain = {"name": "autoregressive", **_settings(args, "temperature")}
-    gammas = _COMPARED_GAMMAS if args.gamma is None else (args.gamma,)
-    return [SAMPLERS.parse(plain), *(SAMPLERS.parse({**block, "gamma": gamma}) for gamma in gammas)]
-
-
-def _default_sampler(args: argparse.Namespace, model: _Loaded) -> SamplerConfig:
-    """The recipe's sampler; flags that only set_block knows choose it."""
-    from raydist.config.registries import SAMPLERS
-
-    flags = _settings(args, "gamma", "block_size", "temperature")
-    recipe = model.defaults.get("sampler") or {"name": "autoregressive"}
-    if recipe["name"] == "autoregressive" and flags.keys() & {"gamma", "block_size"}:
-        recipe = {"name": "set_block"}
-    config: SamplerConfig = SAMPLERS.parse({**recipe, **flags})
-    return config
 
 
 def _max_new_tokens(args: argparse.Namespace, defaults: dict[str, Any]) -> int:
@@ -206,6 +179,22 @@ def _prompt_texts(args: argparse.Namespace, defaults: dict[str, Any]) -> list[st
             "no prompt", where="--prompt", expected="a text to continue", fix='give one: --prompt "def main("'
         )
     return texts
+
+
+def _suffix_texts(args: argparse.Namespace, *, num_prompts: int) -> list[str]:
+    from raydist.core.errors import ConfigError
+
+    suffixes = list(args.suffix or [])
+    if suffixes and args.compare:
+        raise ConfigError("a comparison continues prompts", where="--suffix", fix="leave --compare or --suffix out")
+    if suffixes and len(suffixes) != num_prompts:
+        raise ConfigError(
+            "each prompt needs the text behind its gap",
+            where="--suffix",
+            found=f"{len(suffixes)} suffixes",
+            expected=f"{num_prompts}, one for each prompt",
+        )
+    return suffixes
 
 
 def _with_bos(tokens: list[int], *, model: _Loaded, flag: bool | None) -> list[int]:

@@ -18,10 +18,12 @@ def text_of(tokens: Sequence[int], *, tokenizer: Tokenizer) -> str:
     return tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def show(texts: Sequence[str], generations: Sequence[Generation], *, tokenizer: Tokenizer) -> None:
-    """Prints each prompt with its continuation, and what that cost."""
-    for text, generation in zip(texts, generations, strict=True):
-        say(text + text_of(generation.tokens, tokenizer=tokenizer))
+def show(
+    texts: Sequence[str], generations: Sequence[Generation], *, suffixes: Sequence[str], tokenizer: Tokenizer
+) -> None:
+    """Prints each prompt with its continuation, or its gap and what is behind it, and what that cost."""
+    for text, generation, suffix in zip(texts, generations, suffixes or [""] * len(texts), strict=True):
+        say(text + text_of(generation.tokens, tokenizer=tokenizer) + suffix)
         say(
             f"-- {len(generation.tokens)} tokens, {generation.num_forwards} forwards, "
             f"{generation.tokens_per_forward:.2f} tokens per forward, "
@@ -37,11 +39,11 @@ def show_comparison(results: Sequence[SamplerResult], *, tokenizer: Tokenizer, p
         say(f"== {sampler_label(result.config)}")
         say(prompt + text_of(result.generations[0].tokens, tokenizer=tokenizer) + "\n")
     table(
-        ["sampler", "gamma", "tokens", "forwards", "tokens per forward", "seconds"],
+        ["sampler", "setting", "tokens", "forwards", "tokens per forward", "seconds"],
         [
             [
                 result.config.name,
-                "-" if result.gamma is None else f"{result.gamma:g}",
+                result.config.setting or "-",
                 result.num_tokens,
                 result.num_forwards,
                 round(result.tokens_per_forward, 2),
@@ -70,6 +72,7 @@ def comparison_row(result: SamplerResult, *, tokenizer: Tokenizer) -> dict[str, 
     """One sampler's part of the JSON object."""
     return {
         "sampler": result.config.model_dump(mode="json"),
+        "setting": result.config.setting,
         "gamma": result.gamma,
         "tokens": result.num_tokens,
         "forwards": result.num_forwards,

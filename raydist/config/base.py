@@ -67,12 +67,17 @@ class Registry:
             for name, cls in self.classes().items()
         }
 
-    def parse(self, value: Any) -> Any:
+    def parse(self, value: Any, *, key: str | None = None) -> Any:
         """Turns ``{"name": ..., fields...}`` into the chosen configuration object.
 
+        Args:
+            value: the mapping, the name alone, or an object that is returned as it is.
+            key: where the choice is made, for messages; by default the registry's key.
+
         Raises:
-            ConfigError: no name, or a name nobody has.
+            ConfigError: no name, a name nobody has, or a field that does not fit.
         """
+        key = self.key if key is None else key
         if isinstance(value, StrictModel):
             return value
         if isinstance(value, str):
@@ -80,22 +85,37 @@ class Registry:
         classes = self.classes()
         if not isinstance(value, dict) or "name" not in value:
             raise ConfigError(
-                f"the {self.kind} has no name", where=f"{self.key}.name", expected=f"one of {', '.join(classes)}"
+                f"the {self.kind} has no name", where=_joined(key, "name"), expected=f"one of {', '.join(classes)}"
             )
         name = value["name"]
         if name not in classes:
             raise ConfigError(
                 f"no {self.kind} has this name",
-                where=f"{self.key}.name",
+                where=_joined(key, "name"),
                 found=name,
                 expected=f"one of {', '.join(classes)}",
                 fix=nearest_hint(str(name), classes),
             )
-        return validated(classes[name], value, prefix=self.key)
+        return validated(classes[name], value, prefix=key)
 
-    def json_schema(self) -> dict[str, Any]:
-        """``anyOf`` over the registered classes, with their definitions inlined."""
-        return {"anyOf": [cls.model_json_schema() for cls in self.classes().values()]}
+    def parse_inside(self, value: Any) -> Any:
+        """:meth:`parse` for a field of a model that pydantic validates, which alone knows the field's key."""
+        try:
+            return self.parse(value, key="")
+        except ConfigError as error:
+            raise _InnerError(error) from None
+
+
+class _InnerError(ValueError):
+    """A choice inside a model failed; the key of the error is relative to the field."""
+
+    def __init__(self, error: ConfigError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _joined(*keys: str) -> str:
+    return ".".join(key for key in keys if key)
 
 
 def validated(cls: type[_Config], value: Any, *, prefix: str = "") -> _Config:
@@ -114,7 +134,7 @@ def _explain(cls: type[BaseModel], error: ValidationError, prefix: str) -> Confi
     problems = error.errors(include_url=False)
     first = problems[0]
     path = [str(part) for part in first["loc"]]
-    key = ".".join([*([prefix] if prefix else []), *path])
+    key = _joined(prefix, *path)
     more = f" ({len(problems) - 1} more after this one)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":
         owner = _owner(cls, path[:-1])
@@ -128,6 +148,9 @@ def _explain(cls: type[BaseModel], error: ValidationError, prefix: str) -> Confi
         )
     if first["type"] == "missing":
         return ConfigError("a required key is missing" + more, where=key, fix=f"set it: {key}=...")
+    inner = first.get("ctx", {}).get("error")
+    if isinstance(inner, _InnerError):
+        return inner.error.moved_to(_joined(key, inner.error.where or ""))
     message = first["msg"].removeprefix("Value error, ")
     found = None if isinstance(first["input"], dict | BaseModel) else repr(first["input"])[:_MAX_FOUND_CHARS]
     return ConfigError("a value does not fit" + more, where=key or None, found=found, expected=message)
@@ -171,9 +194,10 @@ class _ChoiceSchema:
         self.registry = registry
 
     def __get_pydantic_json_schema__(self, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return self.registry.json_schema()
+        classes = self.registry.classes().values()
+        return {"anyOf": [handler(cls.__pydantic_core_schema__) for cls in classes]}
 
 
 def choice(registry: Registry, base: type[StrictModel] = StrictModel) -> Any:
     """The annotation of a field whose class is chosen by ``name:``: ``objective: choice(OBJECTIVES)``."""
-    return Annotated[base, SerializeAsAny(), BeforeValidator(registry.parse), _ChoiceSchema(registry)]  # type: ignore[type-arg]
+    return Annotated[base, SerializeAsAny(), BeforeValidator(registry.parse_inside), _ChoiceSchema(registry)]  # type: ignore[type-arg]

@@ -55,8 +55,8 @@ class DataConfig(StrictModel):
     """Most bytes that the node cache may hold."""
     shuffle_window_shards: PositiveInt = 8
     """Rows are permuted inside windows of this many shards; bounds what must be on the node at once."""
-    prefetch_steps: PositiveInt = 2
-    """Batches prepared ahead in a background thread."""
+    prefetch_steps: int = Field(default=2, ge=0)
+    """Batches prepared ahead in a background thread; 0 prepares each batch when it is asked for."""
 
     @field_validator("train", "validation", mode="before")
     @classmethod

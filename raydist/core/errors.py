@@ -7,6 +7,8 @@ Instances survive pickling, because Ray carries them from a worker to the driver
 
 from __future__ import annotations
 
+from typing import Self
+
 
 class RaydistError(Exception):
     """A mistake that the user can mend.
@@ -49,6 +51,10 @@ class RaydistError(Exception):
             "expected": self.expected,
             "fix": self.fix,
         }
+
+    def moved_to(self, where: str) -> Self:
+        """The same error about another place."""
+        return type(self)(self.what, where=where, found=self.found, expected=self.expected, fix=self.fix)
 
     def __str__(self) -> str:
         lines = [f"{type(self).__name__}: {self.what}"]

@@ -69,12 +69,15 @@ class RowRng:
         step: the optimizer step the rows belong to; only ``step_integer`` reads it.
         epochs_B: how often each row was seen before, int64 ``[B]``.
         rows_B: the global id of each row, int64 ``[B]``; unique over all datasets of a mixture.
+        samples_B: the row's number in the whole run, int64 ``[B]``, consecutive inside a step; None where there is no run.
+            For draws that shall be spread evenly over a step's rows; never a key of independent draws.
     """
 
     seed: int
     step: int
     epochs_B: Tensor
     rows_B: Tensor
+    samples_B: Tensor | None = None
 
     def words(self, purpose: str, num_positions: int) -> tuple[Tensor, Tensor]:
         """Two independent 32-bit words per (row, position), each int64 ``[B, num_positions]``."""
@@ -102,4 +105,5 @@ class RowRng:
 
     def narrow(self, start: int, stop: int) -> RowRng:
         """The same source for rows ``[start, stop)`` of the batch."""
-        return RowRng(self.seed, self.step, self.epochs_B[start:stop], self.rows_B[start:stop])
+        samples_B = None if self.samples_B is None else self.samples_B[start:stop]
+        return RowRng(self.seed, self.step, self.epochs_B[start:stop], self.rows_B[start:stop], samples_B)

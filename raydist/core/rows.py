@@ -20,6 +20,7 @@ class Rows:
         loss_mask_BS: False where a token must not be a target (prompts), bool ``[B, S]``; None if all may.
         rows_B: global row id, int64 ``[B]``, unique over all datasets of a mixture; keys the noise.
         epochs_B: how often the row was read before, int64 ``[B]``; keys the noise.
+        samples_B: the row's number in the whole run, int64 ``[B]``, consecutive inside a step; None where there is no run.
     """
 
     step: int
@@ -28,6 +29,7 @@ class Rows:
     loss_mask_BS: Tensor | None
     rows_B: Tensor
     epochs_B: Tensor
+    samples_B: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens_BS.shape[0]
@@ -41,4 +43,5 @@ class Rows:
             loss_mask_BS=None if self.loss_mask_BS is None else self.loss_mask_BS[start:stop],
             rows_B=self.rows_B[start:stop],
             epochs_B=self.epochs_B[start:stop],
+            samples_B=None if self.samples_B is None else self.samples_B[start:stop],
         )

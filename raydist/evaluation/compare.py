@@ -29,7 +29,7 @@ class SamplerResult:
     @property
     def gamma(self) -> float | None:
         """The entropy bound in nats; None for a sampler without one."""
-        return getattr(self.config, "gamma", None)
+        return getattr(getattr(self.config, "unmasking", None), "gamma", None)
 
     @property
     def num_tokens(self) -> int:
@@ -72,6 +72,18 @@ def compare_samplers(
 
 def sampler_label(config: SamplerConfig) -> str:
     """``set_block, block_size 16, gamma 0.35``: the sampler and those settings that say how it decodes."""
-    shown = {"block_size", "gamma"} | (config.model_fields_set - {"name"})
-    values = config.model_dump()
-    return ", ".join([config.name, *(f"{name} {values[name]}" for name in values if name in shown)])
+    special = ("name", "block_size", "unmasking")
+    others = [name for name in type(config).model_fields if name in config.model_fields_set and name not in special]
+    policy = getattr(config, "unmasking", None)
+    words = [
+        _setting(config, "block_size"),
+        None if policy is None else policy.label,
+        *(_setting(config, name) for name in others),
+    ]
+    return ", ".join([config.name, *filter(None, words)])
+
+
+def _setting(config: SamplerConfig, name: str) -> str | None:
+    """``block_size 16``; None where there is no such key or it is left open."""
+    value = getattr(config, name, None)
+    return None if value is None else f"{name} {value}"

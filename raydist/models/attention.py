@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from raydist.models.config import DecoderConfig
-from raydist.models.mask_spec import CachedMask, MaskPart, MaskSpec
+from raydist.models.mask_spec import DecodingMask, MaskPart, MaskSpec
 from raydist.models.norm import RMSNorm
 from raydist.models.rope import Rotation
 
@@ -51,7 +51,7 @@ class PartsKernel(AttentionKernel):
                 _pick(keys_BGKh, part.keys),
                 _pick(values_BGKh, part.keys),
                 attn_mask=part.bias,
-                is_causal=part.bias is None,
+                is_causal=part.rule == "causal",
                 enable_gqa=keys_BGKh.shape[1] != queries_BHQh.shape[1],
             ).transpose(1, 2)
             for part, part_BHqh in zip(self.parts, queries_BHQh.split(lengths, dim=2), strict=True)
@@ -77,7 +77,7 @@ def attention_kernel(
     mask: MaskSpec, *, backend: AttentionBackend, device: torch.device, dtype: torch.dtype
 ) -> AttentionKernel:
     """Renders a mask for a backend. Decoding has few queries and ever new widths, so it never uses flex."""
-    if backend == "flex" and not isinstance(mask, CachedMask):
+    if backend == "flex" and not isinstance(mask, DecodingMask):
         return FlexKernel(mask.flex_block_mask(device=device))
     return PartsKernel(mask.parts(device=device, dtype=dtype))
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from raydist.config.base import StrictModel
 
 Family = Literal["llama", "qwen3"]
+EXTRA_FIELDS = ("time_input", "time_width", "extra_heads", "input_features")
 
 
 class RopeScaling(StrictModel):
@@ -49,6 +50,14 @@ class DecoderConfig(StrictModel):
     tied_embeddings: bool = False
     max_positions: PositiveInt = 8192
     """Positions the weights are meant for; goes to config.json."""
+    time_input: bool = False
+    """Whether the decoder reads a time per token or row, which modulates every norm and gate."""
+    time_width: PositiveInt = 128
+    """Channels of the time's features and of the network behind them, C; even. Our choice."""
+    extra_heads: dict[str, NonNegativeInt] = Field(default_factory=dict)
+    """Heads beside ``"lm"``: name to number of outputs, 0 for the vocabulary."""
+    input_features: dict[str, PositiveInt] = Field(default_factory=dict)
+    """Tables whose rows are added to the token embeddings: name to number of rows."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> DecoderConfig:
@@ -56,6 +65,17 @@ class DecoderConfig(StrictModel):
             raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even for the rotary embedding")
+        if self.time_width % 2:
+            raise ValueError(f"time_width={self.time_width} must be even: sines and cosines")
+        return self
+
+    @model_validator(mode="after")
+    def _names_fit_parameters(self) -> DecoderConfig:
+        for name in (*self.extra_heads, *self.input_features):
+            if not name.isidentifier():
+                raise ValueError(f"{name!r} must be an identifier: it becomes part of a parameter's name")
+        if "lm" in self.extra_heads:
+            raise ValueError("extra_heads: lm is the name of the language model's own head")
         return self
 
     @property
@@ -73,13 +93,33 @@ class DecoderConfig(StrictModel):
         """Parameters of one block."""
         attention = 2 * self.width * self.num_heads * self.head_dim + 2 * self.width * self.num_kv_heads * self.head_dim
         norms = 2 * self.width + (2 * self.head_dim if self.qk_norm else 0)
-        return attention + 3 * self.width * self.hidden_width + norms
+        modulation = 6 * self.width * (self.time_width + 1) if self.time_input else 0
+        return attention + 3 * self.width * self.hidden_width + norms + modulation
+
+    @property
+    def num_outer_extra_parameters(self) -> int:
+        """Parameters of extra heads, feature tables and time input outside the blocks."""
+        rows = sum(outputs or self.vocab_size for outputs in self.extra_heads.values())
+        rows += sum(self.input_features.values())
+        time = 2 * (self.time_width + self.width) * (self.time_width + 1) if self.time_input else 0
+        return rows * self.width + time
 
     @property
     def num_parameters(self) -> int:
         """All parameters, in closed form; tied weights count once."""
         tables = self.num_embedding_parameters * (1 if self.tied_embeddings else 2)
-        return self.num_layers * self.num_layer_parameters + self.width + tables
+        layers = self.num_layers * self.num_layer_parameters
+        return layers + self.width + tables + self.num_outer_extra_parameters
+
+    @property
+    def extras(self) -> dict[str, Any]:
+        """The fields that no other library knows; all at their defaults in a plain decoder."""
+        return self.model_dump(include=set(EXTRA_FIELDS))
+
+    @property
+    def has_extras(self) -> bool:
+        """Whether there are parameters that a plain decoder of the family lacks."""
+        return self.time_input or bool(self.extra_heads) or bool(self.input_features)
 
     def with_vocab(self, min_vocab: int, *, multiple_of: int = 1) -> DecoderConfig:
         """The same decoder with room for at least ``min_vocab`` tokens; never fewer rows than now.

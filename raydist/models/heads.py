@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from raydist.core.errors import ModelError
-from raydist.core.terms import CrossEntropyTerm, HeadTerm, TermResult
-from raydist.models.linear_loss import linear_cross_entropy
+from raydist.core.terms import CrossEntropyTerm, ElboTerm, HeadTerm, PoissonTerm, TermResult
+from raydist.models.head_costs import CrossEntropyCost, ElboCost, LogitCost
+from raydist.models.linear_loss import linear_loss, linear_poisson
 
 
 def evaluate_terms(hidden_BLD: Tensor, *, terms: Sequence[HeadTerm], heads: Mapping[str, Tensor]) -> list[TermResult]:
@@ -20,7 +21,7 @@ def evaluate_terms(hidden_BLD: Tensor, *, terms: Sequence[HeadTerm], heads: Mapp
     Args:
         hidden_BLD: hidden states.
         terms: what is asked.
-        heads: head name -> weight ``[V, D]``.
+        heads: head name -> weight ``[outputs, D]``.
 
     Raises:
         ModelError: a term reads a head that the model does not have.
@@ -28,17 +29,38 @@ def evaluate_terms(hidden_BLD: Tensor, *, terms: Sequence[HeadTerm], heads: Mapp
     hidden_TD = hidden_BLD.flatten(0, 1)
     results = []
     for term in terms:
-        if term.head not in heads:
-            raise ModelError(
-                "the model has no such head", where=f"term {term.name}", found=term.head, expected=", ".join(heads)
-            )
-        if not isinstance(term, CrossEntropyTerm):
-            raise TypeError(f"no evaluation for a {type(term).__name__}")
-        loss_sum, losses_T = linear_cross_entropy(
-            hidden_TD.index_select(0, term.positions_T),
-            weight_VD=heads[term.head],
-            targets_T=term.targets_T,
-            weights_T=term.weights_T,
-        )
+        weight = require_head(heads, term.head, where=f"term {term.name}")
+        loss_sum, losses_T = _evaluate(term, hidden_TD.index_select(0, term.positions_T), weight=weight)
         results.append(TermResult(term=term, loss_sum=loss_sum, losses_T=losses_T))
     return results
+
+
+def require_head(heads: Mapping[str, Tensor], head: str, *, where: str) -> Tensor:
+    """A head's weight.
+
+    Raises:
+        ModelError: there is no such head.
+    """
+    if head not in heads:
+        raise ModelError("the model has no such head", where=where, found=head, expected=", ".join(heads))
+    return heads[head]
+
+
+def _evaluate(term: HeadTerm, hidden_TD: Tensor, *, weight: Tensor) -> tuple[Tensor, Tensor]:
+    if isinstance(term, PoissonTerm):
+        return linear_poisson(
+            hidden_TD,
+            weight_KD=weight,
+            exposure_TK=term.exposure_TK,
+            counts_TK=term.counts_TK,
+            weights_T=term.weights_T,
+        )
+    return linear_loss(hidden_TD, weight_VD=weight, cost=_logit_cost(term), weights_T=term.weights_T)
+
+
+def _logit_cost(term: HeadTerm) -> LogitCost:
+    if isinstance(term, CrossEntropyTerm):
+        return CrossEntropyCost(targets_T=term.targets_T)
+    if isinstance(term, ElboTerm):
+        return ElboCost(targets_T=term.targets_T, current_T=term.current_T, times_T=term.times_T, rates=term.rates)
+    raise TypeError(f"no evaluation for a {type(term).__name__}")

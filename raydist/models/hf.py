@@ -1,6 +1,7 @@
 """Hugging Face directories, in and out.
 
-A directory made here also holds ``raydist.json``: the special ids, how the model was trained, how to sample it.
+A directory made here also holds ``raydist.json``: the special ids, how the model was trained, how to sample it, and which
+inputs and heads it has beside those of its family, whose weights are in ``raydist_extras.safetensors``.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import torch
 from raydist.core import storage
 from raydist.models.attention import AttentionBackend
 from raydist.models.decoder import Decoder
-from raydist.models.hf_config import read_hf_config
-from raydist.models.hf_save import META_NAME, save_hf
+from raydist.models.hf_config import META_NAME, read_hf_config
+from raydist.models.hf_save import save_hf
 from raydist.models.hf_weights import HfWeights
 
 __all__ = ["META_NAME", "HfWeights", "load_decoder", "read_hf_config", "read_meta", "save_hf"]

@@ -1,4 +1,4 @@
-"""``config.json`` of Hugging Face, in and out."""
+"""``config.json`` of Hugging Face, in and out, and what ``raydist.json`` adds to it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 from raydist.config.base import validated
 from raydist.core import storage
 from raydist.core.errors import ModelError
-from raydist.models.config import DecoderConfig, RopeScaling
+from raydist.models.config import EXTRA_FIELDS, DecoderConfig, RopeScaling
+
+META_NAME = "raydist.json"
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _DEFAULT_HEAD_DIM = {"llama": None, "qwen3": 128}
@@ -24,7 +26,7 @@ _MUST_BE = {
 
 def read_hf_config(folder: str) -> DecoderConfig:
     """Reads ``config.json``, in the form of transformers 4 (``rope_theta``, ``rope_scaling``) or 5
-    (``rope_parameters``).
+    (``rope_parameters``); extra inputs and heads from ``decoder`` in ``raydist.json``, where there is one.
 
     Raises:
         ModelError: there is no such file, or it asks for something that this decoder does not do; the key is named.
@@ -61,6 +63,7 @@ def read_hf_config(folder: str) -> DecoderConfig:
         "norm_eps": values.get("rms_norm_eps", 1e-6),
         "tied_embeddings": values.get("tie_word_embeddings", False),
         "max_positions": values.get("max_position_embeddings", 2048),
+        **_extras(folder),
     }
     return validated(DecoderConfig, fields, prefix=path)
 
@@ -107,6 +110,17 @@ def to_hf_config(config: DecoderConfig, *, token_ids: Mapping[str, int | None], 
     for name in ("bos", "eos", "pad"):
         values[f"{name}_token_id"] = token_ids.get(name)
     return values
+
+
+def _extras(folder: str) -> dict[str, Any]:
+    path = storage.join(folder, META_NAME)
+    if not storage.exists(path):
+        return {}
+    extras: dict[str, Any] = storage.read_json(path).get("decoder", {})
+    for key in extras:
+        if key not in EXTRA_FIELDS:
+            raise _unsupported(path, f"decoder.{key}", key, " or ".join(EXTRA_FIELDS))
+    return extras
 
 
 def _rope(path: str, values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:

@@ -22,6 +22,14 @@ _IN_BLOCK = {
 }
 
 
+_EXTRA_PARTS = {"input_features", "extra_heads", "time_embedding", "modulation", "output_modulation"}
+
+
+def is_extra(name: str) -> bool:
+    """Whether a parameter of ours belongs to what a plain decoder lacks; it then has no Hugging Face name."""
+    return not _EXTRA_PARTS.isdisjoint(name.split("."))
+
+
 def hf_name(name: str) -> str:
     """``blocks.3.attention.query.weight`` as ``model.layers.3.self_attn.q_proj.weight``."""
     if name in _OUTER:

@@ -15,12 +15,11 @@ from torch import Tensor
 from raydist.core import storage
 from raydist.core.errors import ModelError
 from raydist.models.config import DecoderConfig
-from raydist.models.hf_config import to_hf_config
-from raydist.models.hf_names import hf_name
-from raydist.models.hf_weights import INDEX_NAME, WEIGHTS_NAME
+from raydist.models.hf_config import META_NAME, to_hf_config
+from raydist.models.hf_names import hf_name, is_extra
+from raydist.models.hf_weights import EXTRAS_NAME, INDEX_NAME, WEIGHTS_NAME
 
 FORMAT_VERSION = 1
-META_NAME = "raydist.json"
 _DEFAULT_SHARD_BYTES = 5 * 10**9
 
 
@@ -38,6 +37,8 @@ def save_hf(
     """Writes the directory. A local one appears by rename when complete; in a bucket ``raydist.json`` comes last.
 
     Tensors are taken from ``state`` one by one and a shard at a time is in memory, so a lazy mapping may be passed.
+    Parameters that a plain decoder lacks go to ``raydist_extras.safetensors``, which ``transformers`` does not look at, and
+    the fields of the configuration that ask for them to ``decoder`` in ``raydist.json``.
 
     Args:
         folder: an earlier raydist export there is replaced.
@@ -60,9 +61,10 @@ def save_hf(
         )
     eos = token_ids.get("eos")
     meta = {"stop_ids": [] if eos is None else [eos], **(extra or {})}
-    meta |= {"format_version": FORMAT_VERSION, "token_ids": dict(token_ids)}
+    meta |= {"format_version": FORMAT_VERSION, "token_ids": dict(token_ids), "decoder": config.extras}
     with _published(folder) as partial:
         written = _write_weights(partial, state, config, max_shard_bytes, dtype)
+        _write_extras(partial, state, dtype)
         generation = {f"{name}_token_id": token_ids.get(name) for name in ("bos", "pad")}
         generation["eos_token_id"] = meta["stop_ids"] or None
         hf_config = to_hf_config(config, token_ids=token_ids, dtype=str(written).removeprefix("torch."))
@@ -129,7 +131,7 @@ def _shards(
     shard: dict[str, Tensor] = {}
     num_bytes = 0
     for name in state:
-        if name == "head.weight" and config.tied_embeddings:
+        if is_extra(name) or (name == "head.weight" and config.tied_embeddings):
             continue
         tensor = state[name].detach().to("cpu", dtype).contiguous()
         if shard and num_bytes + tensor.nbytes > max_bytes:
@@ -138,6 +140,14 @@ def _shards(
         shard[hf_name(name)] = tensor
         num_bytes += tensor.nbytes
     yield shard
+
+
+def _write_extras(folder: str, state: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+    from safetensors.torch import save_file
+
+    extras = {name: state[name].detach().to("cpu", dtype).contiguous() for name in state if is_extra(name)}
+    if extras:
+        save_file(extras, os.path.join(folder, EXTRAS_NAME), metadata={"format": "pt"})
 
 
 def _tokenizer_config(tokenizer_json: str, token_ids: Mapping[str, int | None], max_positions: int) -> dict[str, Any]:

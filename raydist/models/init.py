@@ -10,6 +10,10 @@ are 1.
 
 A tied table has 0.02 in both families. The residual stream is at first mostly the token's own embedding, so with the
 head's law a token would predict itself with a logit of ``sqrt(D)``.
+
+What a plain decoder lacks starts without effect: feature tables, modulations, narrow heads and biases at 0; a
+vocabulary-sized extra head equal to the language model's own. The network of the time has ``C ** -0.5``, so that the
+condition is of order one.
 """
 
 from __future__ import annotations
@@ -38,6 +42,10 @@ def initial_value(name: str, shape: tuple[int, ...] | torch.Size, *, config: Dec
     """
     if name.endswith("norm.weight"):
         return torch.ones(shape)
+    if is_vocabulary_head(name, config):
+        name = lm_head_name(config)
+    if _starts_at_zero(name):
+        return torch.zeros(shape)
     std, cut = _law(name, config)
     digest = hashlib.blake2b(f"{seed}\x00{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
@@ -54,8 +62,25 @@ def initialize(decoder: Decoder, seed: int) -> None:
             parameter.copy_(initial_value(name, parameter.shape, config=decoder.config, seed=seed))
 
 
+def is_vocabulary_head(name: str, config: DecoderConfig) -> bool:
+    """Whether a parameter is an extra head whose outputs are the vocabulary."""
+    return name.startswith("extra_heads.") and config.extra_heads[name.split(".")[1]] == 0
+
+
+def lm_head_name(config: DecoderConfig) -> str:
+    """The parameter that is the language model's head."""
+    return "embedding.weight" if config.tied_embeddings else "head.weight"
+
+
+def _starts_at_zero(name: str) -> bool:
+    """Whether a parameter is new to a plain decoder and must not change what it computes."""
+    return name.startswith(("input_features.", "extra_heads.")) or "modulation" in name or name.endswith(".bias")
+
+
 def _law(name: str, config: DecoderConfig) -> tuple[float, bool]:
     """``(standard deviation, whether the tails are cut)`` of a matrix."""
+    if name.startswith("time_embedding."):
+        return config.time_width**-0.5, True
     if config.family == "qwen3" or (name == "embedding.weight" and config.tied_embeddings):
         return 0.02, False
     if name == "embedding.weight":

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raydist.config.base import StrictModel
 from raydist.core.errors import ConfigError
 from raydist.core.token_ids import TokenIds
+
+if TYPE_CHECKING:
+    from raydist.sampling.text_bytes.vocabulary import TextTokenizer
 
 
 @dataclass(frozen=True)
@@ -22,20 +25,32 @@ class Trained:
         objective: the objective's configuration (``name`` and its fields), as JSON; None for a model that raydist did not
             train.
         seed: of the sampling noise.
+        tokenizer: gives the tokenizer taken apart, for samplers that look at bytes; called only by them. None where the
+            caller has none.
     """
 
     ids: TokenIds
     stop_ids: tuple[int, ...] = ()
     objective: Mapping[str, Any] | None = None
     seed: int = 0
+    tokenizer: Callable[[], TextTokenizer] | None = None
 
     @classmethod
-    def from_meta(cls, meta: Mapping[str, Any], *, vocab_size: int, seed: int) -> Trained:
+    def from_meta(
+        cls,
+        meta: Mapping[str, Any],
+        *,
+        vocab_size: int,
+        seed: int,
+        tokenizer: Callable[[], TextTokenizer] | None = None,
+    ) -> Trained:
         """From the contents of ``raydist.json`` (:func:`raydist.models.hf.read_meta`)."""
         ids = TokenIds(
             vocab_size=vocab_size, **{name: meta["token_ids"][name] for name in ("bos", "eos", "mask", "pad")}
         )
-        return cls(ids=ids, stop_ids=tuple(meta["stop_ids"]), objective=meta.get("objective"), seed=seed)
+        return cls(
+            ids=ids, stop_ids=tuple(meta["stop_ids"]), objective=meta.get("objective"), seed=seed, tokenizer=tokenizer
+        )
 
     def require_mask_id(self, *, sampler: str) -> int:
         """The vocabulary's mask id.
@@ -52,6 +67,22 @@ class Trained:
                 fix="use --sampler autoregressive",
             )
         return self.ids.mask
+
+    def require_tokenizer(self, *, user: str) -> TextTokenizer:
+        """The tokenizer taken apart.
+
+        Raises:
+            ConfigError: the caller gave none.
+        """
+        if self.tokenizer is None:
+            raise ConfigError(
+                "decoding by bytes needs the model's tokenizer",
+                where="sampler",
+                found=user,
+                expected="a model folder with its tokenizer.json",
+                fix="sample from the run's model folder",
+            )
+        return self.tokenizer()
 
 
 @dataclass(frozen=True)
@@ -118,6 +149,19 @@ class SamplerConfig(StrictModel, ABC):
     """The base of a sampler's configuration; a subclass is registered under its ``name``."""
 
     name: str
+
+    @property
+    def setting(self) -> str | None:
+        """The setting that trades forwards for quality, as ``gamma 0.35``; None where there is none."""
+        return None
+
+    def compared(self) -> list[SamplerConfig]:
+        """What a comparison sets side by side, as a rule this sampler at several values of that setting."""
+        return [self]
+
+    def at(self, name: str, *values: Any) -> list[SamplerConfig]:
+        """This sampler with one field at several values."""
+        return [self.model_copy(update={name: value}) for value in values]
 
     @abstractmethod
     def build(self, trained: Trained) -> Sampler:

@@ -61,6 +61,10 @@ class KvCache:
             stored[rows_R, :, target_R] = stored[rows_R, :, source_R]
         self.lengths_B = self.lengths_B + counts_B
 
+    def truncate(self, lengths_B: Tensor) -> None:
+        """Forgets the tokens of row b from the ``lengths_B[b]``-th on; int64 ``[B]`` on the CPU."""
+        self.lengths_B = torch.minimum(self.lengths_B, lengths_B)
+
     def keep_rows(self, rows_R: Tensor) -> None:
         """Forgets all other rows; row ``rows_R[i]`` becomes row i. int64 on the CPU."""
         self.lengths_B = self.lengths_B[rows_R]

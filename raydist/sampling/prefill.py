@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,10 +37,24 @@ def check_prompts(prompts: Sequence[Sequence[int]], *, max_new_tokens: int, max_
             )
 
 
-def prefill(model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> tuple[KvCache, Tensor]:
+def prefill(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    num_scratch: int = 0,
+    features: Mapping[str, int] | None = None,
+) -> tuple[KvCache, Tensor]:
     """Encodes prompts of different lengths in one causal forward.
 
     Prompts are padded on the right: a causal position never sees what follows, and the padding's keys are not kept.
+
+    Args:
+        model: the decoder.
+        prompts: token ids.
+        max_new_tokens: tokens that will be added to each prompt.
+        num_scratch: slots of the cache beyond that, for forwards whose keys are not kept.
+        features: the value that each of the model's input features has at all of the prompts' tokens.
 
     Returns:
         A cache with room for ``max_new_tokens`` more, and the hidden states at each prompt's last token, ``[B, D]``.
@@ -50,9 +64,15 @@ def prefill(model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int
     longest = int(lengths_B.max())
     tokens_BL = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts])
     device = next(model.parameters()).device
-    cache = KvCache(batch_size=len(prompts), capacity=longest + max_new_tokens)
+    cache = KvCache(batch_size=len(prompts), capacity=longest + max_new_tokens + num_scratch)
     positions_BL = torch.arange(longest).expand_as(tokens_BL)
-    hidden_BLD = model.hidden(tokens_BL.to(device), positions_BL.to(device), CausalMask(length=longest), cache=cache)
+    conditions: dict[str, Any] = {}
+    if features is not None:
+        values = {name: torch.full_like(tokens_BL, value, device=device) for name, value in features.items()}
+        conditions["features"] = values
+    hidden_BLD = model.hidden(
+        tokens_BL.to(device), positions_BL.to(device), CausalMask(length=longest), cache=cache, **conditions
+    )
     cache.commit(lengths_B)
     last_B = (lengths_B - 1).to(device)
     return cache, hidden_BLD[torch.arange(len(prompts), device=device), last_B]

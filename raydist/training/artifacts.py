@@ -57,7 +57,7 @@ def _sample_prompts(sampling: SamplingConfig, *, run_dir: str, pictures: str) ->
     export = storage.join(run_dir, layout.EXPORT)
     decoder, meta = load_decoder(export)
     tokenizer = Tokenizer.load(storage.join(export, "tokenizer.json"))
-    trained = Trained.from_meta(meta, vocab_size=decoder.config.vocab_size, seed=0)
+    trained = Trained.from_meta(meta, vocab_size=tokenizer.vocab_size, seed=0, tokenizer=tokenizer.byte_level)
     sampler = sampling.sampler.build(trained)
     prompts = [tokenizer.encode(prompt) for prompt in sampling.prompts]
     generations = sampler.generate(decoder, prompts, max_new_tokens=sampling.max_new_tokens)

@@ -27,15 +27,8 @@ class Microbatch:
     terms: list[HeadTerm]
 
     def to(self, device: torch.device) -> Microbatch:
-        """The microbatch on a device; everything that has a ``to`` is moved."""
-        moved = {
-            name: value.to(device, non_blocking=True)
-            if isinstance(value, Tensor)
-            else value.to(device)
-            if hasattr(value, "to")
-            else value
-            for name, value in self.inputs.items()
-        }
+        """The microbatch on a device; everything that has a ``to`` is moved, also inside dictionaries."""
+        moved = {name: _moved(value, device) for name, value in self.inputs.items()}
         return Microbatch(inputs=moved, terms=[term.to(device) for term in self.terms])
 
 
@@ -60,7 +53,7 @@ def step_batch_maker(objective: Objective, *, noise_seed: int, microbatch_rows: 
     def make(rows: Rows) -> StepBatch:
         microbatches = []
         counts: dict[str, float] = {}
-        rng = RowRng(noise_seed, rows.step, rows.epochs_B, rows.rows_B)
+        rng = RowRng(noise_seed, rows.step, rows.epochs_B, rows.rows_B, rows.samples_B)
         for start in range(0, len(rows), microbatch_rows):
             stop = start + microbatch_rows
             noised = objective.corrupt(rows.narrow(start, stop), rng.narrow(start, stop))
@@ -70,3 +63,11 @@ def step_batch_maker(objective: Objective, *, noise_seed: int, microbatch_rows: 
         return StepBatch(step=rows.step, microbatches=microbatches, counts=counts)
 
     return make
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {name: _moved(inner, device) for name, inner in value.items()}
+    return value.to(device) if hasattr(value, "to") else value

@@ -11,6 +11,7 @@ from raydist.core.errors import ConfigError, TokenizerError
 from raydist.models.config import DecoderConfig
 from raydist.models.hf import HfWeights, read_hf_config
 from raydist.models.presets import PRESETS
+from raydist.objectives.base import Needs
 from raydist.training.data import TrainingData
 
 _VOCAB_MULTIPLE = 64
@@ -18,8 +19,10 @@ _MAX_ADDED_TOKENS = 16
 _PROBE = "def f(x):\n    return 'naïve 日本' + str(x)  # 1234\n"
 
 
-def decoder_config(model: ModelConfig, *, data: TrainingData, seq_len: int) -> DecoderConfig:
-    """The decoder that a recipe asks for, with rows for every id of the dataset.
+def decoder_config(model: ModelConfig, *, data: TrainingData, seq_len: int, needs: Needs) -> DecoderConfig:
+    """The decoder that a recipe asks for, with rows for every id of the dataset and the inputs and heads of its objective.
+
+    Of a model to start from, inputs and heads that this objective does not use are left out.
 
     Raises:
         ConfigError: unknown preset, an override that does not fit, or a ``seq_len`` beyond the model's positions.
@@ -40,7 +43,12 @@ def decoder_config(model: ModelConfig, *, data: TrainingData, seq_len: int) -> D
             expected="a name of: raydist list models",
             fix=nearest_hint(model.preset, PRESETS),
         )
-    config = validated(DecoderConfig, {**base.model_dump(), **model.overrides}, prefix="model.overrides")
+    extras = {
+        "time_input": needs.time,
+        "extra_heads": dict(needs.extra_heads),
+        "input_features": dict(needs.input_features),
+    }
+    config = validated(DecoderConfig, {**base.model_dump(), **model.overrides, **extras}, prefix="model.overrides")
     config = config.with_vocab(vocab_size, multiple_of=_VOCAB_MULTIPLE)
     if seq_len > config.max_positions:
         raise ConfigError(
@@ -53,9 +61,9 @@ def decoder_config(model: ModelConfig, *, data: TrainingData, seq_len: int) -> D
     return config
 
 
-def initial_weights(model: ModelConfig, config: DecoderConfig) -> HfWeights | None:
-    """The weights to start from, or None for fresh ones."""
-    return None if model.init_from is None else HfWeights(model.init_from, config)
+def initial_weights(model: ModelConfig, config: DecoderConfig, *, seed: int) -> HfWeights | None:
+    """The weights to start from, or None for fresh ones; what they lack is drawn from the seed."""
+    return None if model.init_from is None else HfWeights(model.init_from, config, seed=seed)
 
 
 def _require_same_vocabulary(base: DecoderConfig, directory: str, *, data: TrainingData) -> None:

@@ -69,7 +69,7 @@ def assemble(config: RunConfig, workers: Workers) -> Assembly:
             torch.set_num_threads(training.num_threads)
     data = open_data(config.data, seed=config.seed)
     objective = config.objective.build(data.ids)
-    model_config = decoder_config(config.model, data=data, seq_len=config.data.seq_len)
+    model_config = decoder_config(config.model, data=data, seq_len=config.data.seq_len, needs=objective.needs)
     model = materialize(
         model_config,
         mesh=make_mesh(workers),
@@ -79,7 +79,7 @@ def assemble(config: RunConfig, workers: Workers) -> Assembly:
         recompute=config.model.recompute,
         compile=config.model.compile,
         reshard_after_forward=config.scaling.reshard_after_forward,
-        weights=initial_weights(config.model, model_config),
+        weights=initial_weights(config.model, model_config, seed=config.seed),
         attention=_attention(config, workers),
     )
     return Assembly(

@@ -70,7 +70,7 @@ def test_choosing_another_name_drops_the_old_choice(tmp_path: Path, recipe_path:
         ("training.num_step=3", "training.num_step", "num_steps"),
         ("training.optimizer.learnin_rate=1", "training.optimizer.learnin_rate", "learning_rate"),
         ("objective.block_size_maxx=4", "objective.block_size_maxx", "block_size_max"),
-        ("sampling.sampler={name: set_block, gama: 4}", "sampling.sampler.gama", "gamma"),
+        ("sampling.sampler={name: set_block, block_sise: 4}", "sampling.sampler.block_sise", "block_size"),
     ],
 )
 def test_a_misspelt_key_names_the_nearest_one(recipe_path: str, override: str, where: str, fix: str) -> None:

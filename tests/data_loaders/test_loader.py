@@ -102,7 +102,7 @@ def test_every_row_exactly_once_an_epoch(folder: Path, world_size: int) -> None:
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(consumed=st.integers(0, 40), prefetch=st.integers(1, 5), world_size=st.sampled_from([1, 2, 3]))
+@given(consumed=st.integers(0, 40), prefetch=st.integers(0, 5), world_size=st.sampled_from([1, 2, 3]))
 def test_restart_goes_on_exactly(folder: Path, consumed: int, prefetch: int, world_size: int) -> None:
     mixture = mixture_of(folder, "a", "b", weights=(1, 1))
     straight = [key(rows) for rows in take(Loader(mixture, batch_rows=6), consumed + 3)]
@@ -239,3 +239,14 @@ def test_window_larger_than_the_cache_of_open_shards(dataset: Callable[..., str]
         seen.extend(zip(rows.epochs_B.tolist(), rows.rows_B.tolist(), rows.tokens_BS.tolist(), strict=True))
     assert sorted(pair[:2] for pair in seen) == [(epoch, row) for epoch in range(8) for row in range(tight.num_rows)]
     assert all(tokens == brute_force_row(lengths, row)[0] for _, row, tokens in seen)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_samples_count_the_rows_of_the_run(folder: Path, world_size: int) -> None:
+    """Consecutive inside a step, over all ranks, and from step to step."""
+    mixture = mixture_of(folder, "a", "b")
+    ranks = [take(Loader(mixture, batch_rows=8, rank=r, world_size=world_size), 5) for r in range(world_size)]
+    for step in range(5):
+        samples = torch.cat([rows[step].samples_B for rows in ranks])
+        assert samples.tolist() == list(range(8 * step, 8 * step + 8))
+    assert ranks[0][0].narrow(1, 2).samples_B.tolist() == [1]

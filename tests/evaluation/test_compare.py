@@ -5,11 +5,18 @@ from tests.sampling.decoders import tiny_decoder, trained
 PROMPTS = [[1, 2, 3], [4]]
 
 
+def set_block(**fields):
+    return SAMPLERS.parse({"name": "set_block", **fields})
+
+
 def test_rows_add_up_what_the_samplers_did():
     decoder = tiny_decoder()
     configs = [
         SAMPLERS.parse("autoregressive"),
-        *(SAMPLERS.parse({"name": "set_block", "block_size": 4, "gamma": gamma}) for gamma in (0.0, 0.9, 100.0)),
+        *(
+            set_block(block_size=4, unmasking={"name": "entropy_bounded", "gamma": gamma})
+            for gamma in (0.0, 0.9, 100.0)
+        ),
     ]
     rows = compare_samplers(decoder, PROMPTS, configs=configs, trained=trained(), max_new_tokens=12)
     assert [row.gamma for row in rows] == [None, 0.0, 0.9, 100.0]
@@ -27,5 +34,11 @@ def test_rows_add_up_what_the_samplers_did():
 
 def test_labels_name_what_was_set():
     assert sampler_label(SAMPLERS.parse("autoregressive")) == "autoregressive"
-    config = SAMPLERS.parse({"name": "set_block", "gamma": 0.6, "temperature": 0.7})
+    bounded = {"name": "entropy_bounded", "gamma": 0.6}
+    config = set_block(unmasking=bounded, temperature=0.7)
     assert sampler_label(config) == "set_block, block_size 16, gamma 0.6, temperature 0.7"
+    config = set_block(unmasking={**bounded, "proxy": "margin"})
+    assert sampler_label(config) == "set_block, block_size 16, gamma 0.6, proxy margin"
+    config = set_block(block_size=8, unmasking={"name": "top_k", "k": 2, "proxy": "entropy"})
+    assert sampler_label(config) == "set_block, block_size 8, top_k k 2 proxy entropy"
+    assert sampler_label(SAMPLERS.parse({"name": "masked", "block_length": 4})) == "masked, gamma 0.35, block_length 4"

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raydist.core.dist import Workers
-from raydist.core.terms import CrossEntropyTerm
+from raydist.core.terms import CrossEntropyTerm, HeadTerm, PoissonTerm
 from raydist.fsdp_utils.apply import reshard
 from raydist.fsdp_utils.materialize import full_state, materialize
 from raydist.fsdp_utils.mesh import make_mesh
@@ -24,8 +24,14 @@ LENGTH = 12
 NUM_ROWS = 8
 
 
-def tiny_config(*, tied: bool, family: str = "llama") -> DecoderConfig:
+def tiny_config(*, tied: bool, family: str = "llama", extras: bool = False) -> DecoderConfig:
     """Odd numbers of tokens, heads and hidden channels, which 2 workers do not divide."""
+    extra_fields = {
+        "time_input": True,
+        "time_width": 6,
+        "extra_heads": {"insert": 0, "rates": 3},
+        "input_features": {"offset": 5},
+    }
     return DecoderConfig(
         family=family,
         vocab_size=37,
@@ -36,6 +42,7 @@ def tiny_config(*, tied: bool, family: str = "llama") -> DecoderConfig:
         num_kv_heads=1,
         head_dim=4,
         tied_embeddings=tied,
+        **(extra_fields if extras else {}),
     )
 
 
@@ -57,9 +64,19 @@ def backward_of_rows(decoder: Decoder, *, rows: slice) -> float:
     tokens_BL, mask_BL = tokens_of_rows()[rows], loss_mask_of_rows()[rows]
     positions_T = mask_BL.view(-1).nonzero()[:, 0]
     targets_T = ((tokens_BL + 3) % 37).view(-1)[positions_T]
-    term = CrossEntropyTerm(name="next", positions_T=positions_T, targets_T=targets_T)
-    (result,) = decoder(tokens_BL, torch.arange(LENGTH)[None], CausalMask(length=LENGTH), [term])
-    loss = result.loss_sum / loss_mask_of_rows().sum()
+    terms: list[HeadTerm] = [CrossEntropyTerm(name="next", positions_T=positions_T, targets_T=targets_T)]
+    inputs: dict[str, Any] = {}
+    if decoder.config.has_extras:
+        ones_TK = torch.ones(len(positions_T), 3)
+        terms += [
+            CrossEntropyTerm(name="insert", positions_T=positions_T, targets_T=(targets_T + 1) % 37, head="insert"),
+            PoissonTerm(
+                name="rates", positions_T=positions_T, exposure_TK=ones_TK, counts_TK=2 * ones_TK, head="rates"
+            ),
+        ]
+        inputs = {"time_BL": tokens_BL[:, :1] / 37, "features": {"offset": tokens_BL % 5}}
+    results = decoder(tokens_BL, torch.arange(LENGTH)[None], CausalMask(length=LENGTH), terms, **inputs)
+    loss = torch.stack([result.loss_sum for result in results]).sum() / loss_mask_of_rows().sum()
     loss.backward()
     return loss.item()
 
@@ -75,6 +92,10 @@ class Case:
     recompute: str = "none"
     reshard_after_forward: bool = True
     num_microbatches: int = 1
+    extras: bool = False
+
+    def config(self) -> DecoderConfig:
+        return tiny_config(tied=self.tied, family=self.family, extras=self.extras)
 
 
 CASES = (
@@ -85,6 +106,7 @@ CASES = (
     Case("accumulated", tied=True, num_microbatches=2),
     Case("gathered-once", tied=False, reshard_after_forward=False, num_microbatches=2),
     Case("bf16", tied=True, precision="bf16", num_microbatches=2),
+    Case("extras", tied=True, recompute="block", num_microbatches=2, extras=True),
 )
 
 
@@ -97,8 +119,7 @@ def compute(workers: Workers, folder: str) -> None:
             "recompute": case.recompute,
             "reshard_after_forward": case.reshard_after_forward,
         }
-        config = tiny_config(tied=case.tied, family=case.family)
-        decoder = materialize(config, mesh=mesh, device=workers.device, seed=SEED, **options)
+        decoder = materialize(case.config(), mesh=mesh, device=workers.device, seed=SEED, **options)
         assert (decoder.head.weight is decoder.embedding.weight) == case.tied
         weights = full_state(decoder)
         assert bool(weights) == workers.is_first

@@ -11,11 +11,11 @@ from raydist.fsdp_utils.materialize import materialize
 from raydist.fsdp_utils.mesh import make_mesh
 from raydist.models.decoder import Decoder
 from raydist.models.init import initialize
-from tests.fsdp_utils.cases import CASES, NUM_ROWS, SEED, Case, backward_of_rows, read, tiny_config
+from tests.fsdp_utils.cases import CASES, NUM_ROWS, SEED, Case, backward_of_rows, read
 
 
 def _plain_gradients(case: Case) -> dict[str, Tensor]:
-    decoder = Decoder(tiny_config(tied=case.tied, family=case.family))
+    decoder = Decoder(case.config())
     initialize(decoder, SEED)
     loss = backward_of_rows(decoder, rows=slice(0, NUM_ROWS))
     return {"loss": torch.tensor([loss])} | {name: p.grad for name, p in decoder.named_parameters()}
@@ -30,8 +30,8 @@ def test_gradients_are_summed_over_workers_and_microbatches(
     found, expected = read(computed[world_size], case, "gradients"), _plain_gradients(case)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        error = (found[name] - gradient).norm() / gradient.norm()
-        assert error < tolerance, name
+        error = (found[name] - gradient).norm()
+        assert error <= tolerance * gradient.norm(), name  # 0 behind weights that start at zero
 
 
 def test_bf16_policy_computes_in_bf16_and_keeps_float32_gradients(computed: dict[int, str]) -> None:
@@ -42,8 +42,10 @@ def test_bf16_policy_computes_in_bf16_and_keeps_float32_gradients(computed: dict
     assert any(not torch.allclose(rounded[name], exact[name], rtol=1e-4) for name in exact)
 
 
-@pytest.mark.parametrize("recompute", ["none", "block"])
-def test_each_block_is_compiled_with_and_without_recompute(monkeypatch: pytest.MonkeyPatch, recompute: str) -> None:
+@pytest.mark.parametrize(("recompute", "extras"), [("none", False), ("block", False), ("block", True)])
+def test_each_block_is_compiled_with_and_without_recompute(
+    monkeypatch: pytest.MonkeyPatch, recompute: str, extras: bool
+) -> None:
     num_operations = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -55,10 +57,10 @@ def test_each_block_is_compiled_with_and_without_recompute(monkeypatch: pytest.M
     compile_with = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda module: compile_with(module, backend=backend))
     torch.compiler.reset()
-    case = CASES[0]
+    case = Case("compiled", tied=True, extras=extras)
     with process_group() as workers:
         decoder = materialize(
-            tiny_config(tied=True),
+            case.config(),
             mesh=make_mesh(workers),
             device=workers.device,
             seed=SEED,

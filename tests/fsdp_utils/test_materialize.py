@@ -15,7 +15,7 @@ from tests.fsdp_utils.cases import CASES, SEED, ArrayWeights, Case, read, tiny_c
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_meta_path_equals_plain_path_bit_for_bit(computed: dict[int, str], case: Case, world_size: int) -> None:
-    plain = Decoder(tiny_config(tied=case.tied, family=case.family))
+    plain = Decoder(case.config())
     initialize(plain, SEED)
     found = read(computed[world_size], case, "weights")
     expected = dict(plain.named_parameters())

@@ -5,6 +5,7 @@ import torch
 
 from raydist.models.config import DecoderConfig, RopeScaling
 from raydist.models.decoder import Decoder
+from raydist.models.hf_names import is_extra
 from raydist.models.init import initialize
 
 _SIZES = {
@@ -28,6 +29,18 @@ CONFIGS = {
 }
 
 
+def with_extras(config: DecoderConfig) -> DecoderConfig:
+    """The decoder with every extra input and head."""
+    return config.model_copy(
+        update={
+            "time_input": True,
+            "time_width": 32,
+            "extra_heads": {"insert": 0, "rates": 3},
+            "input_features": {"offset": 4, "flag": 2},
+        }
+    )
+
+
 @pytest.fixture(params=list(CONFIGS))
 def config(request: pytest.FixtureRequest) -> DecoderConfig:
     return CONFIGS[request.param]
@@ -47,6 +60,8 @@ def lively_decoder(config: DecoderConfig, *, dtype: torch.dtype = torch.float32)
         for name, parameter in decoder.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+            elif is_extra(name):
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
             elif name.startswith("blocks"):
                 parameter.mul_(5.0)
     decoder.to(dtype).reset_buffers("cpu")

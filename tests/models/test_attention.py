@@ -10,7 +10,16 @@ from raydist.models.attention import Attention, FlexKernel, PartsKernel, attenti
 from raydist.models.config import DecoderConfig
 from raydist.models.decoder import Decoder
 from raydist.models.init import initialize
-from raydist.models.mask_spec import CachedMask, CausalMask, MaskSpec, SetBlockMask, document_positions
+from raydist.models.mask_spec import (
+    BlockDiffusionMask,
+    CachedBlockMask,
+    CachedMask,
+    CausalMask,
+    FullMask,
+    MaskSpec,
+    SetBlockMask,
+    document_positions,
+)
 from raydist.models.rope import Rotation
 from tests.models.conftest import CONFIGS, lively_decoder, random_tokens
 
@@ -22,6 +31,11 @@ SPECS: dict[str, MaskSpec] = {
     "set block": SetBlockMask(length=300, block_size=7),
     "set block documents": SetBlockMask(length=300, block_size=16, documents_BL=DOCUMENTS),
     "cached": CachedMask(cache_lengths_B=torch.tensor([0, 9]), cache_width=9, num_causal=5, num_block=4),
+    "full": FullMask(length=300),
+    "full documents": FullMask(length=300, documents_BL=DOCUMENTS),
+    "block diffusion": BlockDiffusionMask(length=300, block_size=7),
+    "block diffusion documents": BlockDiffusionMask(length=300, block_size=16, documents_BL=DOCUMENTS),
+    "cached block": CachedBlockMask(cache_lengths_B=torch.tensor([0, 9]), cache_width=9, num_finished=5, num_current=4),
 }
 
 
@@ -56,7 +70,9 @@ def test_parts_kernel_equals_textbook_attention(spec):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("name", ["causal documents", "set block", "set block documents"])
+@pytest.mark.parametrize(
+    "name", ["causal documents", "set block", "set block documents", "full", "block diffusion documents"]
+)
 def test_flex_kernel_equals_parts_kernel(name):
     spec = SPECS[name]
     inputs = [x.detach().float() for x in heads(spec)]

@@ -11,7 +11,7 @@ from raydist.sampling.base import Trained
 VOCAB_SIZE, MASK_ID = 12, 11
 
 
-def tiny_decoder(*, family="llama", seed=0, dtype=torch.float64):
+def tiny_decoder(*, family="llama", seed=0, dtype=torch.float64, **fields):
     config = DecoderConfig(
         family=family,
         vocab_size=VOCAB_SIZE,
@@ -22,6 +22,7 @@ def tiny_decoder(*, family="llama", seed=0, dtype=torch.float64):
         num_kv_heads=2,
         head_dim=8,
         max_positions=64,
+        **fields,
     )
     decoder = Decoder(config)
     initialize(decoder, seed)
@@ -38,3 +39,27 @@ def trained(*, stop_ids=(), mask_id=MASK_ID, seed=0, vocab_size=VOCAB_SIZE, obje
     """What a sampler is built from."""
     ids = TokenIds(vocab_size=vocab_size, bos=None, eos=None, mask=mask_id, pad=None)
     return Trained(ids=ids, stop_ids=tuple(stop_ids), objective=objective, seed=seed)
+
+
+class Recorder(torch.nn.Module):
+    """A decoder that keeps the widths it was fed."""
+
+    def __init__(self, decoder):
+        super().__init__()
+        self.decoder, self.config, self.head = decoder, decoder.config, decoder.head
+        self.widths = []
+
+    def hidden(self, tokens_BL, positions_BL, mask, cache):
+        self.widths.append(tokens_BL.shape[1])
+        return self.decoder.hidden(tokens_BL, positions_BL, mask, cache)
+
+
+def check_stopped(free, stopped, *, stop):
+    """A stop id ends a row once everything before it is known, and changes nothing before; returns how many rows ended."""
+    for before, after in zip(free, stopped, strict=True):
+        assert after.stopped == (stop in before.tokens)
+        end = before.tokens.index(stop) + 1 if after.stopped else len(before.tokens)
+        assert after.tokens == before.tokens[:end]
+        assert after.revealed_at == before.revealed_at[:end]
+        assert after.num_forwards == max(after.revealed_at)
+    return sum(generation.stopped for generation in stopped)

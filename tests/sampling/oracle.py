@@ -10,8 +10,6 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from raydist.sampling.unmasking import entropy_bounded_reveal
-
 
 def random_law(shape, *, seed, sharpness=1.5):
     logits = sharpness * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -46,12 +44,15 @@ def divergence(p, q):
     return float((p[used] * (p[used].log() - q[used].log())).sum())
 
 
-def sampler_law(law, *, gamma, proxy="entropy"):
-    """Enumerates the entropy-bounded sampler that reads the exact conditionals.
+def sampler_law(law, *, policy, order_uniforms=None):
+    """Enumerates a sampler of mask states that reads the exact conditionals, for given uniforms of the order.
 
     Returns its output law, the expected number of steps, the largest total correlation of a revealed set, and the
     expected sum of those total correlations under the true law.
     """
+    order_Bk = (
+        torch.zeros(1, law.ndim, dtype=torch.float64) if order_uniforms is None else torch.tensor([order_uniforms])
+    )
     output, stats = torch.zeros_like(law), {"steps": 0.0, "largest": 0.0, "errors": 0.0}
 
     def walk(known, probability):
@@ -61,7 +62,7 @@ def sampler_law(law, *, gamma, proxy="entropy"):
         given = conditional(law, known)
         logits = torch.stack([marginal(given, i).log() for i in range(law.ndim)])
         masked = torch.tensor([i not in known for i in range(law.ndim)])
-        chosen = entropy_bounded_reveal(logits[None], masked_Bk=masked[None], gamma=gamma, proxy=proxy)[0]
+        chosen = policy.reveal(logits[None], masked_Bk=masked[None], order_uniforms_Bk=order_Bk)[0]
         subset = chosen.nonzero()[:, 0].tolist()
         assert subset
         error = total_correlation(given, subset)
@@ -81,17 +82,18 @@ def sampler_law(law, *, gamma, proxy="entropy"):
 class OracleDecoder(nn.Module):
     """Speaks the decoder's inference interface and answers from a joint law of the text after a one-token prompt.
 
-    Text position i + 1 holds variable i. A mask token is answered with the law of its own variable, any other token
-    with that of the next one, given the tokens that the attention mask shows it. Tokens and positions travel through
-    the cache as if they were keys and values.
+    Text position i + 1 holds variable i. A mask token is answered with the law of its own variable, or of the next one
+    with ``shift``, any other token with that of the next one, given the tokens that the attention mask shows it. Tokens and
+    positions travel through the cache, if there is one, as if they were keys and values.
     """
 
-    def __init__(self, law):
+    def __init__(self, law, *, shift=False):
         super().__init__()
         self.law = law
+        self.shift = shift
         self.num_symbols = law.shape[0]
         self.mask_id, self.bos = self.num_symbols, self.num_symbols + 1
-        self.config = SimpleNamespace(max_positions=law.ndim + 1)
+        self.config = SimpleNamespace(max_positions=law.ndim + 1, width=self.num_symbols + 2)
         self.register_parameter("device_marker", nn.Parameter(torch.zeros(())))
         self.fed_tokens = []
         self._answers = {}
@@ -99,9 +101,11 @@ class OracleDecoder(nn.Module):
     def head(self, hidden):
         return hidden.clone()
 
-    def hidden(self, tokens_BL, positions_BL, mask, cache):
+    def hidden(self, tokens_BL, positions_BL, mask, cache=None):
         self.fed_tokens.append(tokens_BL.shape[1])
-        shown, places = cache.extend(0, tokens_BL[:, None, :, None].double(), positions_BL[:, None, :, None].double())
+        shown, places = tokens_BL[:, None, :, None].double(), positions_BL[:, None, :, None].double()
+        if cache is not None:
+            shown, places = cache.extend(0, shown, places)
         shown_BW, places_BW = shown[:, 0, :, 0].long().tolist(), places[:, 0, :, 0].long().tolist()
         seen_BLW = mask.dense()[:, 0].expand(len(shown_BW), -1, -1).tolist()
         answers = [
@@ -121,11 +125,11 @@ class OracleDecoder(nn.Module):
             for value, place, visible in zip(shown, places, seen, strict=True)
             if visible and value < self.num_symbols and 1 <= place <= self.law.ndim
         }
-        variable = position - 1 if token == self.mask_id else position
+        variable = position - 1 if token == self.mask_id and not self.shift else position
         key = (variable, frozenset(known.items()))
         if key not in self._answers:
             logits = torch.full((self.num_symbols + 2,), -50.0, dtype=torch.float64)
-            if variable < self.law.ndim and variable not in known:
+            if 0 <= variable < self.law.ndim and variable not in known:
                 logits[: self.num_symbols] = marginal(conditional(self.law, known), variable).log()
             self._answers[key] = logits
         return self._answers[key]
@@ -145,3 +149,9 @@ def chi_square(counts, law):
     assert counts[~possible].sum() == 0
     statistic = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
     return float(statistic), int(possible.sum()) - 1
+
+
+def agrees(counts, law):
+    """Whether the counts may well come from the law: Pearson's statistic within four deviations of its mean."""
+    statistic, df = chi_square(counts, law)
+    return statistic < df + 4 * (2 * df) ** 0.5

@@ -55,6 +55,19 @@ def test_kept_rows_move_up():
     assert keys[:, 0, :, 0].tolist() == [[4, 5], [1, 6]]
 
 
+def test_truncated_rows_forget_their_ends_only():
+    cache = KvCache(batch_size=2, capacity=5)
+    cache.extend(0, keys_of([[1, 2, 3], [4, 5, 0]]), keys_of([[1, 2, 3], [4, 5, 0]]))
+    cache.commit(torch.tensor([3, 2]))
+    cache.truncate(torch.tensor([1, 9]))
+    assert cache.lengths_B.tolist() == [1, 2]
+    cache.extend(0, keys_of([[6], [7]]), keys_of([[6], [7]]))
+    cache.commit(torch.tensor([1, 1]))
+    keys, _ = cache.extend(0, keys_of([[8], [9]]), keys_of([[8], [9]]))
+    assert keys[0, 0, :2, 0].tolist() == [1, 6]
+    assert keys[1, 0, :3, 0].tolist() == [4, 5, 7]
+
+
 def test_more_than_the_capacity_is_refused():
     cache = KvCache(batch_size=1, capacity=2)
     with pytest.raises(ValueError, match="3 slots needed"):

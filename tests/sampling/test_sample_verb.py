@@ -82,7 +82,7 @@ def test_the_recipe_gives_the_defaults(capsys, model_dir):
 
 def test_flags_and_settings_reach_the_sampler(capsys, model_dir):
     result, _ = sample(capsys, model_dir, "--gamma", "0", "--block-size", "3")
-    assert (result["sampler"]["gamma"], result["sampler"]["block_size"]) == (0.0, 3)
+    assert (result["sampler"]["unmasking"]["gamma"], result["sampler"]["block_size"]) == (0.0, 3)
     assert result["generations"][0]["num_forwards"] == 7
     result, _ = sample(capsys, model_dir, "--sampler", "autoregressive", "temperature=0.7", "top_k=5", "--seed", "3")
     assert (result["sampler"]["temperature"], result["sampler"]["top_k"]) == (0.7, 5)
@@ -127,8 +127,9 @@ def test_bos_is_set_for_foreign_models_and_on_request(capsys, tmp_path, model_di
         (["--prompt", ""], "a prompt has no tokens"),
         (["--prompt", "x" * 60], "longer than the model's positions"),
         (["--sampler", "set_blok"], "did you mean 'set_block'"),
-        (["--sampler", "autoregressive", "--gamma", "1"], "gamma"),
-        (["--sampler", "set_block", "gama=1"], "did you mean 'gamma'"),
+        (["--sampler", "autoregressive", "--gamma", "1"], "this sampler has no entropy bound"),
+        (["--sampler", "set_block", "unmasking={name: entropy_bounded, gama: 1}"], "did you mean 'gamma'"),
+        (["--sampler", "masked"], "the model was trained for another sampler"),
         (["--gamma", "-1"], "greater than or equal to 0"),
         (["--max-new-tokens", "0"], "nothing to generate"),
         (["--prompt-file", "missing.txt"], "a prompt file cannot be read"),

@@ -11,9 +11,9 @@ from raydist.config.registries import SAMPLERS
 from raydist.core.errors import ConfigError
 from raydist.models.mask_spec import CachedMask, CausalMask
 from raydist.sampling.kv_cache import KvCache
-from raydist.sampling.prefill import prefill
-from raydist.sampling.unmasking import entropy_bounded_reveal
-from tests.sampling.decoders import MASK_ID, tiny_decoder, trained
+from raydist.sampling.mask_state import Window
+from raydist.sampling.unmasking.entropy_bounded import EntropyBounded
+from tests.sampling.decoders import MASK_ID, Recorder, tiny_decoder, trained
 from tests.sampling.oracle import (
     OracleDecoder,
     chi_square,
@@ -29,8 +29,9 @@ PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 1], [3, 3]]
 LN2 = math.log(2.0)
 
 
-def sampler_of(*, stop_ids=(), mask_id=MASK_ID, seed=0, **fields):
-    config = SAMPLERS.parse({"name": "set_block", **fields})
+def sampler_of(*, stop_ids=(), mask_id=MASK_ID, seed=0, gamma=0.35, proxy="entropy", **fields):
+    unmasking = {"name": "entropy_bounded", "gamma": gamma, "proxy": proxy}
+    config = SAMPLERS.parse({"name": "set_block", "unmasking": unmasking, **fields})
     return config.build(trained(stop_ids=stop_ids, mask_id=mask_id, seed=seed))
 
 
@@ -49,25 +50,13 @@ def uncached_greedy(decoder, prompt, *, block_size, gamma, max_new_tokens, proxy
             logits = decoder.logits(torch.tensor([text + block]), positions, mask)[:, -size:].detach().clone()
             logits[..., MASK_ID] = -torch.inf
             masked = torch.tensor([[token == MASK_ID for token in block]])
-            chosen = entropy_bounded_reveal(logits, masked_Bk=masked, gamma=gamma, proxy=proxy)[0]
+            policy = EntropyBounded(gamma=gamma, proxy=proxy)
+            chosen = policy.reveal(logits, masked_Bk=masked, order_uniforms_Bk=torch.zeros(1, size))[0]
             for place in chosen.nonzero()[:, 0].tolist():
                 block[place], when[place] = int(logits[0, place].argmax()), forward
         text += block
         revealed_at += when
     return text[len(prompt) :], revealed_at
-
-
-class Recorder(torch.nn.Module):
-    """A decoder that keeps the widths it was fed."""
-
-    def __init__(self, decoder):
-        super().__init__()
-        self.decoder, self.config, self.head = decoder, decoder.config, decoder.head
-        self.widths = []
-
-    def hidden(self, tokens_BL, positions_BL, mask, cache):
-        self.widths.append(tokens_BL.shape[1])
-        return self.decoder.hidden(tokens_BL, positions_BL, mask, cache)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -100,14 +89,20 @@ def test_a_prompt_does_not_feel_its_batch(temperature):
 
 def test_05_cache_equals_a_fresh_causal_prefill():
     decoder, sampler, prompts = tiny_decoder(), sampler_of(block_size=4, gamma=0.7), [[1, 2, 3], [4]]
-    uniforms = torch.zeros(2, 4, dtype=torch.float64)
+    window = Window(
+        tokens_Bk=torch.full((2, 4), MASK_ID),
+        new_Bk=torch.ones(2, 4, dtype=torch.bool),
+        token_uniforms_Bk=torch.zeros(2, 4, dtype=torch.float64),
+        order_uniforms_Bk=torch.zeros(2, 4, dtype=torch.float64),
+    )
     with torch.inference_mode():
-        cache, _ = prefill(decoder, prompts, max_new_tokens=16)
-        text, finished = torch.empty(2, 0, dtype=torch.int64), torch.empty(2, 0, dtype=torch.int64)
+        reader = sampler.start(decoder, prompts, max_new_tokens=16).reader
+        cache, text = reader.cache, torch.empty(2, 0, dtype=torch.int64)
         for _ in range(3):
-            finished = sampler.decode_block(decoder, cache, finished_BC=finished, uniforms_Bk=uniforms).tokens_Bk
+            finished = sampler.states.reveal(window, logits_of=reader.logits).tokens_Bk
+            reader.finish(finished)
             text = torch.cat([text, finished], dim=1)
-        sampler.decode_block(decoder, cache, finished_BC=finished, uniforms_Bk=uniforms)
+        sampler.states.reveal(window, logits_of=reader.logits)
         for row, prompt in enumerate(prompts):
             whole = torch.tensor([prompt + text[row].tolist()])
             length = whole.shape[1]
@@ -216,7 +211,7 @@ def test_12_conditionally_independent_block_tokens_are_exact(gamma, fewest, most
 @pytest.mark.parametrize("gamma", [0.1, 0.4, 0.7, math.inf])
 def test_13_dependence_errors_are_bounded_and_add_up_to_the_divergence(gamma):
     law = random_law((3, 3, 3), seed=6, sharpness=3.0)
-    output, stats = sampler_law(law, gamma=gamma)
+    output, stats = sampler_law(law, policy=EntropyBounded(gamma=gamma))
     assert stats["largest"] <= gamma + 1e-12
     assert divergence(law, output) == pytest.approx(stats["errors"], abs=1e-9)
     if gamma == math.inf:
@@ -225,7 +220,7 @@ def test_13_dependence_errors_are_bounded_and_add_up_to_the_divergence(gamma):
 
 def test_13_the_sampler_draws_the_enumerated_law():
     law = random_law((2, 2, 2), seed=9, sharpness=3.0)
-    output, _ = sampler_law(law, gamma=0.5)
+    output, _ = sampler_law(law, policy=EntropyBounded(gamma=0.5))
     counts, num_forwards = oracle_samples(law, gamma=0.5, block_size=3)
     statistic, df = chi_square(counts, output)
     assert statistic < df + 4 * (2 * df) ** 0.5

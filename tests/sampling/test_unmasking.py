@@ -8,11 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raydist.sampling.unmasking import entropies_nats, entropy_bounded_reveal, error_proxy, sum_without_max
+from raydist.sampling.unmasking.base import entropies_nats, error_proxy
+from raydist.sampling.unmasking.entropy_bounded import EntropyBounded, sum_without_max
 from tests.sampling.oracle import divergence, marginal, random_law, sampler_law, total_correlation
 
 PROXIES = ("entropy", "confidence", "margin")
 LN2 = math.log(2.0)
+
+
+def entropy_bounded_reveal(logits, *, masked_Bk, gamma, proxy="entropy"):
+    policy = EntropyBounded(gamma=gamma, proxy=proxy)
+    return policy.reveal(logits, masked_Bk=masked_Bk, order_uniforms_Bk=torch.zeros(masked_Bk.shape))
 
 
 def random_logits(shape, *, seed=0, scale=2.0):
@@ -120,7 +126,7 @@ def test_06_no_cancellation_hides_a_small_entropy():
 @pytest.mark.parametrize("proxy", PROXIES)
 def test_07_gamma_zero_samples_the_exact_law(proxy):
     law = random_law((3, 3, 3), seed=1)
-    output, stats = sampler_law(law, gamma=0.0, proxy=proxy)
+    output, stats = sampler_law(law, policy=EntropyBounded(gamma=0.0, proxy=proxy))
     assert divergence(law, output) == pytest.approx(0.0, abs=1e-12)
     assert stats["steps"] == pytest.approx(3.0)
 
@@ -130,7 +136,7 @@ def test_07_gamma_zero_samples_the_exact_law(proxy):
 def test_07_each_step_costs_at_most_gamma_and_the_costs_add_up(gamma, proxy):
     for seed in range(4):
         law = random_law((3, 3, 3), seed=seed, sharpness=3.0)
-        output, stats = sampler_law(law, gamma=gamma, proxy=proxy)
+        output, stats = sampler_law(law, policy=EntropyBounded(gamma=gamma, proxy=proxy))
         assert stats["largest"] <= gamma + 1e-12
         assert divergence(law, output) == pytest.approx(stats["errors"], abs=1e-9)
         assert stats["errors"] <= gamma * stats["steps"] + 1e-9
@@ -138,7 +144,7 @@ def test_07_each_step_costs_at_most_gamma_and_the_costs_add_up(gamma, proxy):
 
 def test_07_gamma_infinity_costs_the_total_correlation():
     law = random_law((3, 3, 3), seed=5)
-    output, stats = sampler_law(law, gamma=math.inf)
+    output, stats = sampler_law(law, policy=EntropyBounded(gamma=math.inf))
     assert stats["steps"] == pytest.approx(1.0)
     assert divergence(law, output) == pytest.approx(total_correlation(law, [0, 1, 2]), abs=1e-12)
 
@@ -147,16 +153,16 @@ def test_07_gamma_infinity_costs_the_total_correlation():
 def test_08_independent_positions_are_exact_for_every_gamma(gamma):
     parts = [marginal(random_law((3, 3, 3), seed=s), 0) for s in range(3)]
     law = torch.einsum("a,b,c->abc", *parts)
-    output, _ = sampler_law(law, gamma=gamma)
+    output, _ = sampler_law(law, policy=EntropyBounded(gamma=gamma))
     assert divergence(law, output) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_09_two_identical_fair_bits():
     law = torch.diag(torch.tensor([0.5, 0.5], dtype=torch.float64))
-    output, stats = sampler_law(law, gamma=LN2 - 1e-9)
+    output, stats = sampler_law(law, policy=EntropyBounded(gamma=LN2 - 1e-9))
     assert divergence(law, output) == pytest.approx(0.0, abs=1e-12)
     assert stats["steps"] == pytest.approx(2.0)
-    output, stats = sampler_law(law, gamma=LN2)
+    output, stats = sampler_law(law, policy=EntropyBounded(gamma=LN2))
     assert divergence(law, output) == pytest.approx(LN2)
     assert stats["steps"] == pytest.approx(1.0)
 

@@ -51,10 +51,10 @@ def plain_losses(recipe: Recipe) -> list[float]:
     """The reference: no process group, no sharding, no loop class."""
     config = recipe.config
     data = open_data(config.data, seed=config.seed)
-    model_config = decoder_config(config.model, data=data, seq_len=config.data.seq_len)
+    objective = config.objective.build(data.ids)
+    model_config = decoder_config(config.model, data=data, seq_len=config.data.seq_len, needs=objective.needs)
     model = Decoder(model_config)
     initialize(model, config.seed)
-    objective = config.objective.build(data.ids)
     optimizer = GuardedAdamW(model.named_parameters(), config.training.optimizer)
     make = step_batch_maker(objective, noise_seed=config.seed, microbatch_rows=8)
     loader: Loader[StepBatch] = Loader(data.train, batch_rows=config.training.batch_rows, num_steps=20, transform=make)

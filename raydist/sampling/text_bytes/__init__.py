@@ -1,0 +1,1 @@
+"""A token model seen as a model of bytes."""
