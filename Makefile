@@ -42,6 +42,9 @@ test-faults: $(VENV)/.installed-dev  ## kill workers in the middle of real runs 
 bench: $(VENV)/.installed-dev  ## measure against the peers; writes benchmarks/results/
 	@$(BIN)/python benchmarks/step.py
 	@$(BIN)/python benchmarks/loader.py
+	@$(BIN)/python benchmarks/samplers.py
+	@$(BIN)/python benchmarks/alignment.py
+	@$(BIN)/python benchmarks/resample_synthetic.py
 
 clean:  ## remove what the quickstart made (not .venv)
 	@rm -rf runs/quickstart runs/data build dist

@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from raydist.cli.main import main
 from raydist.checkpoint.layout import newest_complete
 from raydist.config.load import Recipe, load_recipe
-from raydist.config.registries import OBJECTIVES
+from raydist.config.registries import OBJECTIVES, SAMPLERS
 from raydist.core.dist import process_group
 from raydist.fsdp_utils.materialize import full_state
 from raydist.models.config import DecoderConfig
@@ -30,6 +31,8 @@ from raydist.training.setup import assemble
 
 RECIPES = sorted((Path(__file__).parents[2] / "jobs" / "recipes" / "debug_cpu").glob("*.yaml"))
 NUM_STEPS = 50
+# samplers that no recipe names as its own
+MORE_SAMPLERS = {"next_token": ["byte_level"], "discrete_flow": ["masked"]}
 
 
 def load(path: Path, dataset: str, output_dir: Path, *changes: str) -> Recipe:
@@ -65,6 +68,11 @@ def test_every_objective_has_a_recipe() -> None:
     assert names == set(OBJECTIVES.classes())
 
 
+def test_every_sampler_is_drawn() -> None:
+    drawn = {load_recipe(str(path), []).config.sampling.sampler.name for path in RECIPES}
+    assert drawn | {name for names in MORE_SAMPLERS.values() for name in names} == set(SAMPLERS.classes())
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_trains_resumes_and_samples(path: Path, dataset: str, tmp_path: Path) -> None:
     recipe = load(path, dataset, tmp_path)
@@ -96,6 +104,11 @@ def test_trains_resumes_and_samples(path: Path, dataset: str, tmp_path: Path) ->
         assert "<|mask|>" not in sample["text"]
     assert Path(run_dir, "pictures", "trace.png").stat().st_size > 1000
     assert "const data" in Path(run_dir, "pictures", "trace.html").read_text()
+    for sampler in MORE_SAMPLERS.get(path.stem, []):
+        for trace in (tmp_path / f"{sampler}.png", tmp_path / f"{sampler}.html"):
+            arguments = ["--sampler", sampler, "--prompt", "def ", "--max-new-tokens", "8", "--trace", str(trace)]
+            assert main(["sample", run_dir, *arguments]) == 0
+            assert trace.stat().st_size > 1000
 
 
 def base_model(folder: Path, *, family: str, dataset: str) -> Decoder:
