@@ -2,8 +2,8 @@
 
     python jobs/gallery.py [--num-steps 600] [--out docs/pictures/samplers] [--only NAME ...]
 
-The runs lie under runs/gallery, in one process each without Ray; about two minutes a recipe on two cores. The recipes are those of
-jobs/recipes/debug_cpu, on the quickstart's character tables, with a larger model and more steps.
+The runs lie under runs/gallery, in one process each without Ray; about two minutes a recipe on two cores. The recipes are
+those of jobs/recipes/debug_cpu, on the quickstart's character tables, with a larger model and more steps.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SAMPLERS: dict[str, list[list[str]]] = {
     "next_token": [["autoregressive"], ["byte_level"]],
     "set_block": [["set_block", "block_size=8"]],
     "block": [["block"]],
-    "masked": [["masked", "block_length=32"]],
+    "masked": [["masked", "block_size=32"]],
     "discrete_flow": [["discrete_flow", "num_steps=64", "temperature=0.5"]],
     "resample": [["resample", "confidence_threshold=0.5"]],
     "edit_flow": [["edit_flow", "num_steps=128", "temperature=0.5"]],

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,8 @@ from raydist.core.storage import normalize
 
 _BASE_NAME = "base.yaml"
 _MAX_LEVELS_UP = 2
+_PLAIN_WORD = re.compile(r"[A-Za-z_][\w./-]*")
+_NOT_STRINGS = frozenset({"true", "false", "null", "yes", "no", "on", "off", "none", "nan", "inf"})
 
 # What may change between the attempts of one run: none of it reaches the weights beyond the order of a sum.
 _NOT_IDENTITY = (
@@ -81,7 +84,7 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     merged: dict[str, Any] = {}
     for layer in (_find_base(path), path):
         if layer is not None:
-            merged = merge(merged, _read_yaml(layer))
+            merged = merge(merged, read_yaml(layer))
     merged = merge(merged, parse_overrides(overrides))
     return resolve(merged, path=path)
 
@@ -98,7 +101,7 @@ def resolve(values: dict[str, Any], *, path: str) -> Recipe:
 
 def read_resolved(path: str) -> Recipe:
     """Reads the ``config.yaml`` that a run directory keeps."""
-    return resolve(_read_yaml(path), path=path)
+    return resolve(read_yaml(path), path=path)
 
 
 def dump_yaml(config: RunConfig) -> str:
@@ -186,6 +189,23 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
 
 
+def as_overrides(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Nested values as ``key.sub=value`` words, which :func:`parse_overrides` turns back into them."""
+    words: list[str] = []
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            words += as_overrides(value, f"{prefix}{key}.")
+        else:
+            words.append(f"{prefix}{key}={_as_word(value)}")
+    return words
+
+
+def _as_word(value: Any) -> str:
+    if isinstance(value, str) and _PLAIN_WORD.fullmatch(value) and value.lower() not in _NOT_STRINGS:
+        return value
+    return json.dumps(value)
+
+
 def _find_base(path: str) -> str | None:
     folder = os.path.dirname(os.path.abspath(path))
     for _ in range(_MAX_LEVELS_UP):
@@ -196,13 +216,18 @@ def _find_base(path: str) -> str | None:
     return None
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
     try:
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError("cannot be read as YAML", where=path, found=_first_line(error)) from None
     if not isinstance(values, dict):
-        raise ConfigError("a recipe is a mapping of keys", where=path, found=type(values).__name__)
+        raise ConfigError("the file is no mapping of keys", where=path, found=type(values).__name__)
     return {str(key): value for key, value in values.items()}
 
 

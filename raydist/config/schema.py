@@ -105,6 +105,8 @@ class TrainingConfig(StrictModel):
     """Steps between validations; null for none."""
     validation_batches: PositiveInt = 2
     """Batches of batch_rows rows in one validation, always the same rows with the same noise."""
+    validation_objective: choice(OBJECTIVES) | None = None  # type: ignore[valid-type]
+    """What validation measures; null: the objective itself. Runs that train with different settings are comparable by it."""
     num_threads: PositiveInt | None = None
     """torch threads of one worker on CPU; null leaves torch's choice."""
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from raydist.core import storage
 from raydist.core.units import format_count
+from raydist.evaluation.figures import COLOURS, INK, new_figure, save_png, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,8 +16,6 @@ Curve = Sequence[tuple[int, float]]
 
 _SMALL_PANELS = {"learning_rate": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens / s"}
 _NOISELESS = ("learning_rate",)
-_COLOURS = ("#1b6ca8", "#d1495b", "#3a8f5c", "#8a5fb0", "#c98a1b", "#4d9ea8")
-_INK, _FAINT = "#22262b", "#d9dde2"
 _HALF_LIFE_SHARE = 0.006
 _LONG_CURVE_POINTS = 30
 
@@ -69,37 +67,28 @@ def draw_curves(curves: Mapping[str, Curve], path: str, title: str) -> None:
         path: local or remote file.
         title: over the picture.
     """
-    import io
-
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     small = [key for key in _SMALL_PANELS if curves.get(key)]
-    figure = Figure(figsize=(11, 5.2), dpi=130, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = new_figure(title, width=11, height=5.2)
     grid = figure.add_gridspec(max(1, len(small)), 2 if small else 1, width_ratios=[2.3, 1] if small else None)
     losses = figure.add_subplot(grid[:, 0])
     _draw_losses(losses, curves)
     for row, key in enumerate(small):
         _draw_small(figure.add_subplot(grid[row, 1]), curves[key], key, last=row == len(small) - 1)
-    figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold", color=_INK)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    storage.write_bytes(path, buffer.getvalue())
+    save_png(figure, path)
 
 
 def _draw_losses(axes: Axes, curves: Mapping[str, Curve]) -> None:
     names = [key for key in curves if key == "loss" or key.startswith("loss/")]
     names.sort(key=lambda key: (key != "loss", key))
-    for colour, name in zip(_COLOURS, names, strict=False):
+    for colour, name in zip(COLOURS, names, strict=False):
         _draw_training(axes, curves[name], name, colour=colour)
         _draw_validation(axes, curves.get(f"validation/{name}", ()), f"validation/{name}", colour=colour)
     _fit_height(axes, curves, names)
     _style(axes)
-    axes.set_xlabel("step", color=_INK)
-    axes.set_ylabel("loss (nats per target)", color=_INK)
+    axes.set_xlabel("step", color=INK)
+    axes.set_ylabel("loss (nats per target)", color=INK)
     if names:
-        axes.legend(frameon=False, fontsize=9, loc="upper right", labelcolor=_INK)
+        axes.legend(frameon=False, fontsize=9, loc="upper right", labelcolor=INK)
 
 
 def _draw_training(axes: Axes, curve: Curve, name: str, *, colour: str) -> None:
@@ -151,26 +140,20 @@ def _fit_height(axes: Axes, curves: Mapping[str, Curve], names: Sequence[str]) -
 
 
 def _draw_small(axes: Axes, curve: Curve, key: str, *, last: bool) -> None:
-    last_value = _draw_with_average(axes, curve, colour=_COLOURS[0], noisy=key not in _NOISELESS)
+    last_value = _draw_with_average(axes, curve, colour=COLOURS[0], noisy=key not in _NOISELESS)
     if last_value is not None:
-        axes.set_title(f"{_SMALL_PANELS[key]}   {_short(last_value)}", loc="left", fontsize=9.5, color=_INK)
+        axes.set_title(f"{_SMALL_PANELS[key]}   {_short(last_value)}", loc="left", fontsize=9.5, color=INK)
     axes.margins(y=0.12)
     _style(axes)
     axes.tick_params(labelsize=8, labelbottom=last)
     axes.yaxis.set_major_formatter(lambda value, _: _short(value))
     axes.locator_params(axis="y", nbins=4)
     if last:
-        axes.set_xlabel("step", fontsize=9, color=_INK)
+        axes.set_xlabel("step", fontsize=9, color=INK)
 
 
 def _style(axes: Axes) -> None:
-    axes.grid(True, color=_FAINT, linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color("#9aa2ab")
-    axes.tick_params(colors="#4a5158")
+    style_axes(axes)
     axes.locator_params(axis="x", integer=True)
 
 

@@ -49,13 +49,14 @@ def token_pieces(tokens: Sequence[int], *, decode: Callable[[Sequence[int]], str
 
     A character whose bytes are spread over several tokens belongs to the last of them; the others add nothing.
     """
-    pieces, shown = [], ""
+    pieces: list[str] = []
+    start, shown = 0, ""  # the tokens of characters that are not finished yet, and what of them is shown
     for end in range(1, len(tokens) + 1):
-        text = decode(tokens[:end])
-        if end < len(tokens):
-            text = text.rstrip("\ufffd")
+        text = decode(tokens[start:end])
+        finished = end == len(tokens) or not text.endswith("\ufffd")
+        text = text if finished else text.rstrip("\ufffd")
         pieces.append(text[len(shown) :])
-        shown = text
+        start, shown = (end, "") if finished else (start, text)
     return pieces
 
 

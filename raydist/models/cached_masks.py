@@ -85,7 +85,7 @@ class CachedBlockMask(DecodingMask):
 
     Attributes:
         num_finished: tokens of the finished block; 0 after its keys and values are in the cache.
-        num_current: tokens of the current block; 0 where a prompt's blocks are only written to the cache.
+        num_current: tokens of the current block.
     """
 
     num_finished: int

@@ -47,8 +47,7 @@ def save_hf(
         tokenizer_json: the contents of ``tokenizer.json``; None for a model without text.
         token_ids: ``bos``, ``eos``, ``mask``, ``pad`` -> id or None.
         extra: goes to ``raydist.json`` beside the ids: objective, block sizes, sampling defaults. ``stop_ids``
-        defaults to
-            the end-of-text id.
+            defaults to the end-of-text id.
         max_shard_bytes: upper limit of one weight file; a single larger tensor has its own file.
         dtype: what the weights are cast to; None keeps them.
 

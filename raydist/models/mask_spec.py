@@ -17,6 +17,7 @@ from raydist.models.cached_masks import CachedBlockMask, CachedMask, DecodingMas
 from raydist.models.mask_rendering import MaskPart, MaskSpec, Piece
 
 __all__ = [
+    "BlockCausalMask",
     "BlockDiffusionMask",
     "CachedBlockMask",
     "CachedMask",
@@ -106,6 +107,34 @@ class FullMask(PackedMask):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class BlockCausalMask(PackedMask):
+    """Each token sees its own block, both ways, and all earlier ones: the clean half of :class:`BlockDiffusionMask`.
+
+    Attributes:
+        block_size: k.
+    """
+
+    block_size: int
+
+    @property
+    @override
+    def num_queries(self) -> int:
+        return self.length
+
+    @override
+    def allowed(self, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key // self.block_size <= query // self.block_size) & self._same_document(row, query, key)
+
+    @override
+    def num_allowed_pairs(self) -> int:
+        return sum(_block_pairs(self.length, self.block_size))
+
+    @override
+    def _pieces(self) -> list[Piece]:
+        return _block_causal_pieces(self.length, self.block_size)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class SetBlockMask(PackedMask):
     """The doubled sequence ``[clean ; noised]`` of Set Block Decoding (arXiv 2509.04185, Algorithm 1).
 
@@ -182,8 +211,7 @@ class BlockDiffusionMask(PackedMask):
 
     @override
     def _pieces(self) -> list[Piece]:
-        spans = _block_spans(self.length, self.block_size)
-        clean: list[Piece] = [(span, (slice(0, span.stop),), "listed") for span in spans]
+        clean = _block_causal_pieces(self.length, self.block_size)
         return [*clean, *_noised_pieces(self.length, self.block_size)]
 
 
@@ -211,7 +239,11 @@ def _block_pairs(length: int, block_size: int) -> tuple[int, int]:
 def _causal_pieces(length: int, *, one_document: bool) -> list[Piece]:
     if one_document:
         return [(slice(0, length), (slice(0, length),), "causal")]
-    return [(span, (slice(0, span.stop),), "listed") for span in _block_spans(length, 1)]
+    return _block_causal_pieces(length, 1)
+
+
+def _block_causal_pieces(length: int, block_size: int) -> list[Piece]:
+    return [(span, (slice(0, span.stop),), "listed") for span in _block_spans(length, block_size)]
 
 
 def _noised_pieces(length: int, block_size: int) -> list[Piece]:

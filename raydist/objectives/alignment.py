@@ -60,7 +60,7 @@ def align(start: Ragged, data: Ragged, *, kind: AlignmentKind, uniforms_SN: Tens
         kind: see above.
         uniforms_SN: the order of the columns of ``random`` and ``shuffled``; at least as wide as both sides together.
     """
-    if kind == "optimal":
+    if kind == "optimal" and start.tokens_SL.shape[1] > 0:  # of an empty x0 all columns are insertions
         columns_SN = torch.from_numpy(
             optimal_columns(
                 start.tokens_SL.numpy(),

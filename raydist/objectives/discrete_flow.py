@@ -25,9 +25,8 @@ from raydist.models.mask_spec import FullMask, document_positions
 from raydist.objectives.base import LossTerms, Mean, Needs, NoisedBatch, Objective, ObjectiveConfig
 from raydist.objectives.next_token import flat_positions, packed_documents
 from raydist.paths.base import Path, PathConfig
+from raydist.paths.schedules import Schedule
 from raydist.paths.time import TimeSampling
-
-_WHOLE_RANGE = 0.99
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +126,8 @@ class DiscreteFlow(Objective):
     @property
     def is_bound(self) -> bool:
         """Whether the mean of the loss bounds the negative log-likelihood: nearly all times must be drawn."""
-        whole_range = self.config.time.low == 0.0 and self.config.time.high >= _WHOLE_RANGE
-        return self.is_per_token and whole_range
+        schedule = getattr(self.config.path, "schedule", None)
+        return self.is_per_token and self.config.time.covers(schedule if isinstance(schedule, Schedule) else None)
 
     def _given(self, rows: Rows, clean_BL: Tensor, documents_BL: Tensor, rng: RowRng) -> Tensor:
         """Positions that are data at every time."""

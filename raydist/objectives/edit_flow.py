@@ -10,9 +10,20 @@ from typing import Literal
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
+from torch.nn import functional as F
 
 from raydist.config.base import choice
 from raydist.config.registries import OBJECTIVES, SCHEDULES, SOURCES
+from raydist.core.edit_model import (
+    CLOSED,
+    CONTEXT_FEATURE,
+    FREE,
+    INSERT_RIGHT,
+    NUM_CONTEXTS,
+    NUM_OPERATIONS,
+    SUBSTITUTE_TOKEN,
+    begin_token,
+)
 from raydist.core.errors import ConfigError
 from raydist.core.rng import RowRng
 from raydist.core.rows import Rows
@@ -22,11 +33,6 @@ from raydist.models.mask_spec import FullMask
 from raydist.objectives.alignment import BLANK, AlignmentKind, Ragged, align
 from raydist.objectives.base import Needs, NoisedBatch, Objective, ObjectiveConfig
 from raydist.objectives.edit_targets import (
-    CLOSED,
-    FREE,
-    INSERT_RIGHT,
-    NUM_OPERATIONS,
-    SUBSTITUTE_TOKEN,
     Edits,
     Example,
     Noised,
@@ -52,6 +58,8 @@ _HEADS = {
     "reverse_substitute": "reverse_substitute",
 }
 """Term name -> head."""
+
+_SMALLEST_RATE = 1e-9  # of r_t: at a lower one kappa_t is below the grain of uniforms, and no column has flipped
 
 
 class EditFlow(Objective):
@@ -87,7 +95,12 @@ class EditFlow(Objective):
         self.config = config
         self.begin_id = begin_id
         self.law = config.source.build(ids) if config.noise_length else None
-        self.needs = Needs(bidirectional=True, time=True, extra_heads=config.extra_heads, input_features={"context": 3})
+        self.needs = Needs(
+            bidirectional=True,
+            time=True,
+            extra_heads=config.extra_heads,
+            input_features={CONTEXT_FEATURE: NUM_CONTEXTS},
+        )
 
     def corrupt(self, rows: Rows, rng: RowRng) -> NoisedBatch:
         """Rows to packed sequences ``x_t``, and the edits that are missing."""
@@ -138,14 +151,15 @@ class EditFlow(Objective):
         first_T, all_T = num_first_S[sequences.sequences_T], num_given_S[sequences.sequences_T]
         last_from_T = lengths_S[sequences.sequences_T] - (all_T - first_T)
         given_T = sequences.given_T | (sequences.index_T < first_T) | (sequences.index_T >= last_from_T)
-        dropped_S = uniforms_S3[:, 2] < self.config.condition_drop
+        dropped_S = uniforms_S3[:, 2] < self.config.condition_dropout
         return given_T, ~(given_T & dropped_S[sequences.sequences_T])
 
     def _start(self, data: Ragged, given: Ragged, rng: RowRng) -> Ragged:
         """x0 without its given tokens; empty for a sequence that has nothing to generate."""
         if self.law is None:
             return Ragged(data.tokens_SL[:, :0], torch.zeros_like(data.lengths_S))
-        law = self.law.in_context(given.tokens_SL.clamp(min=0), given_BL=given.tokens_SL != BLANK)
+        context_SL = F.pad(given.tokens_SL, (0, 1), value=BLANK)  # a column also where no token is given
+        law = self.law.in_context(context_SL.clamp(min=0), given_BL=context_SL != BLANK)
         tokens_SL = law.draw(rng.uniform("edit_flow/start", self.config.noise_length))
         lengths_S = torch.where(data.lengths_S > 0, self.config.noise_length, 0)
         index_L = torch.arange(self.config.noise_length)
@@ -168,8 +182,7 @@ class EditFlow(Objective):
             spread_rate=spread_rate,
             origins_SN=used_SN & ~example.given_SN,
         )
-        smallest = torch.finfo(torch.float32).tiny
-        spread_S1 = spread_rate / schedule.jump_rate(time_S1).clamp(min=smallest)
+        spread_S1 = spread_rate / schedule.jump_rate(time_S1).clamp(min=_SMALLEST_RATE)
         return flips.flipped_SN, 1 + spread_S1 * flips.neighbours_SN
 
     def _batch(self, noised: Noised, *, time_S1: Tensor, weights_SN: Tensor, width: int) -> NoisedBatch:
@@ -194,7 +207,7 @@ class EditFlow(Objective):
                 "positions_BL": packing.place(index_SL, fill=0),
                 "mask": FullMask(length=width, documents_BL=documents_RW),
                 "time_BL": packing.place(time_S1.expand_as(tokens_SL), fill=0.0),
-                "features": {"context": packing.place(context_SL, fill=FREE)},
+                "features": {CONTEXT_FEATURE: packing.place(context_SL, fill=FREE)},
             },
             counts={"targets": float(num_free)},
             targets=targets,
@@ -222,7 +235,7 @@ class EditFlow(Objective):
             "rates/exposure_TK": exposure_SL3[inserts_SL],
             "rates/counts_TK": counts_SL3[inserts_SL],
         }
-        positions_SN = packing.flat_SL.gather(1, edits.position_SN.clamp(max=context_SL.shape[1] - 1))
+        positions_SN = packing.flat_SL.gather(1, edits.position_SN)
         operations = {"insert": INSERT_RIGHT, "substitute": SUBSTITUTE_TOKEN}
         for part, operation in operations.items():
             if part == "substitute" and self.law is None:
@@ -256,7 +269,7 @@ class EditFlowConfig(ObjectiveConfig):
     """What is given: the beginning of each sequence, or its beginning and its end, which a sampler needs to fill gaps."""
     condition_power: float = Field(default=3.0, gt=0)
     """The given fraction of a sequence is c to this power, c uniform in [0, 1)."""
-    condition_drop: float = Field(default=0.1, ge=0, le=1)
+    condition_dropout: float = Field(default=0.1, ge=0, le=1)
     """Share of sequences that lose their given tokens, which trains the unconditional model of guidance."""
     spread_rate: float = Field(default=0.0, ge=0)
     """Rate lambda_prop at which flips spread to neighbouring columns, per unit of time; 0 is off. The paper has no value."""
@@ -292,7 +305,7 @@ class EditFlowConfig(ObjectiveConfig):
         Raises:
             ConfigError: the vocabulary has neither a begin-of-text nor an end-of-text token to stand in front of a text.
         """
-        begin_id = ids.bos if ids.bos is not None else ids.eos
+        begin_id = begin_token(ids)
         if begin_id is None:
             raise ConfigError(
                 "begin token missing: the vocabulary has neither a begin-of-text nor an end-of-text token",

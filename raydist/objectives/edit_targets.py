@@ -10,16 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from raydist.core.edit_model import CLOSED, DELETE_TOKEN, FREE, INSERT_RIGHT, NUM_OPERATIONS, OPEN, SUBSTITUTE_TOKEN
 from raydist.objectives.alignment import BLANK, Aligned
 
-NUM_OPERATIONS = 3
-INSERT_RIGHT, DELETE_TOKEN, SUBSTITUTE_TOKEN = range(NUM_OPERATIONS)
-"""Outputs of the rate heads, in this order. An insertion stands to the right of its position."""
-
 NO_EDIT = -1
-FREE, CLOSED, OPEN = 0, 1, 2
-"""The ``context`` feature of a token: free to be edited; given, with nothing to come directly behind it; given, with room
-for insertions behind it. The begin token is given."""
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,6 @@ from raydist.objectives.next_token import packed_documents
 from raydist.paths.schedules import Schedule
 from raydist.paths.time import TimeSampling
 
-_WHOLE_RANGE = 0.99
-
 
 class Masked(MaskedPrediction):
     """The loss of masked diffusion, with attention both ways inside a document.
@@ -49,12 +47,11 @@ class Masked(MaskedPrediction):
     needs = Needs(bidirectional=True, mask_token=True)
 
     def __init__(self, config: MaskedConfig, *, mask_id: int) -> None:
-        whole_range = config.time.low == 0.0 and config.time.high >= _WHOLE_RANGE
         super().__init__(
             mask_id=mask_id,
             weighting=config.weighting,
             shift=config.shift,
-            is_bound=config.weighting == "jump_rate" and whole_range,
+            is_bound=config.weighting == "jump_rate" and config.time.covers(config.schedule),
         )
         self.config = config
 

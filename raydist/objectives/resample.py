@@ -145,5 +145,10 @@ class ResampleConfig(ObjectiveConfig):
         return self
 
     def build(self, ids: TokenIds) -> Resample:
-        """The objective; beginning-of-text and padding tokens, where the vocabulary has them, stay in their places."""
-        return Resample(self, fixed_ids=tuple(i for i in (ids.bos, ids.pad) if i is not None))
+        """The objective; beginning-of-text and padding tokens, where the vocabulary has them, stay in their places.
+
+        A padding token that is the end-of-text token as well, as in many tokenizers, may move: the sampler asks what comes
+        before it.
+        """
+        pad = None if ids.pad == ids.eos else ids.pad
+        return Resample(self, fixed_ids=tuple(i for i in (ids.bos, pad) if i is not None))

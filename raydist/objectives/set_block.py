@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
 from raydist.config.registries import OBJECTIVES
 from raydist.core.rng import RowRng
@@ -31,10 +31,11 @@ class SetBlock(Objective):
 
         ntp = sum over i of -log p(x_{i+1} | x_{<=i})
         matp = sum over masked i of -log p(x_i | clean x before i's block, noised x^ of i's block)
-        loss = (ntp + matp) / (number of both kinds of targets)
+        loss = (ntp + w matp) / (number of ntp targets + w number of matp targets)
 
-    The first sum reads the head shifted by one (``ntp``), the second unshifted (``matp``). Both have weight 1 and
-    share one denominator, and there is no 1/eta weight: the masked term is not a likelihood bound.
+    The first sum reads the head shifted by one (``ntp``), the second unshifted (``matp``). Both share one denominator, and
+    there is no 1/eta weight: the masked term is not a likelihood bound. The paper's loss has ``w = 1``; other values of
+    ``masked_weight`` are ours, for a balance of the two.
 
     Choices where the paper is silent or divided: a last block shorter than the block size keeps its loss (as in the
     paper's listing; eq. 14 drops it); tokens that the loss mask excludes (prompts) are never masked, because a sampler
@@ -44,8 +45,9 @@ class SetBlock(Objective):
 
     needs = Needs(sequence_factor=2, bidirectional=True, mask_token=True)
 
-    def __init__(self, *, mask_id: int, block_size_min: int, block_size_max: int) -> None:
+    def __init__(self, *, mask_id: int, block_size_min: int, block_size_max: int, masked_weight: float = 1.0) -> None:
         self.mask_id = mask_id
+        self.masked_weight = masked_weight
         self.block_size_min = block_size_min
         self.block_size_max = block_size_max
 
@@ -65,7 +67,9 @@ class SetBlock(Objective):
             "matp_positions_T": flat_positions(masked_BL, row_stride=2 * length, offset=length),
             "matp_targets_T": clean_BL[masked_BL],
         }
-        num_targets = targets["ntp_targets_T"].numel() + targets["matp_targets_T"].numel()
+        if self.masked_weight != 1.0:
+            targets["matp_weights_T"] = torch.full(targets["matp_targets_T"].shape, self.masked_weight)
+        num_targets = targets["ntp_targets_T"].numel() + self.masked_weight * targets["matp_targets_T"].numel()
         return NoisedBatch(
             inputs={
                 "tokens_BL": torch.cat([clean_BL, noised_BL], dim=1),
@@ -83,6 +87,7 @@ class SetBlock(Objective):
                 name=name,
                 positions_T=noised.targets[f"{name}_positions_T"],
                 targets_T=noised.targets[f"{name}_targets_T"],
+                weights_T=noised.targets.get(f"{name}_weights_T"),
             )
             for name in ("ntp", "matp")
         ]
@@ -105,6 +110,8 @@ class SetBlockConfig(ObjectiveConfig):
     """Smallest block size; the block size of a step is uniform between the two, both included."""
     block_size_max: int = Field(default=16, ge=1)
     """Largest block size."""
+    masked_weight: PositiveFloat = 1.0
+    """Weight of the masked term against the next-token term; 1 is the paper's."""
 
     @model_validator(mode="after")
     def _range_is_not_empty(self) -> SetBlockConfig:
@@ -119,4 +126,9 @@ class SetBlockConfig(ObjectiveConfig):
             ConfigError: the vocabulary has no mask id.
         """
         mask_id = require_mask_id(ids, objective=self.name)
-        return SetBlock(mask_id=mask_id, block_size_min=self.block_size_min, block_size_max=self.block_size_max)
+        return SetBlock(
+            mask_id=mask_id,
+            block_size_min=self.block_size_min,
+            block_size_max=self.block_size_max,
+            masked_weight=self.masked_weight,
+        )

@@ -26,7 +26,7 @@ class IndependentCoupling(Coupling):
 
 class _ConditionalCoupling(Coupling):
     unconditional_probability: float = Field(default=0.0, ge=0, le=1)
-    """Probability that a row is trained without a condition; above 0 for classifier-free guidance."""
+    """Probability that nothing is given in a row, so that all of it is noised and carries loss."""
 
     def _conditional(self, rng: RowRng) -> Tensor:
         """Rows that keep their condition, bool ``[B, 1]``."""

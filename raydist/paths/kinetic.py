@@ -8,6 +8,7 @@ p(z) >= 0`` satisfies the continuity equation ``p'(x) = sum_z [j(x, z) - j(z, x)
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -36,12 +37,6 @@ def rates_from_path(laws_NV: Tensor, derivatives_NV: Tensor, *, current_N: Tenso
         rates_NV = (derivatives_NV - derivative_N1).clamp(min=0) * support_NV
         rates_NV = rates_NV / (support_NV.sum(1, keepdim=True) * law_N1)
     return torch.where(law_N1 > 0, rates_NV, 0.0).scatter(1, current_N[:, None], 0.0)
-
-
-def kinetic_energy(velocity_VV: Tensor, *, laws_V: Tensor) -> Tensor:
-    """``sum_{x != z} p(z) u(x, z)^2 / p(x)`` of a velocity ``[x, z]``, a scalar; needs ``p > 0``."""
-    energies_VV = velocity_VV**2 * laws_V[None, :] / laws_V[:, None]
-    return energies_VV.sum() - energies_VV.diagonal().sum()
 
 
 class KineticPath(Path):
@@ -117,8 +112,9 @@ class KineticPath(Path):
         def draw(clean_N: Tensor, time_N: Tensor, uniforms_N: Tensor) -> Tensor:
             return _draw(self._without_given(self.laws(clean_N, time_N), clean_N), uniforms_N)
 
-        drawn_BL = self._by_chunks(draw, clean_BL, time_BL, uniforms_BL)
-        return torch.where(start_BL == clean_BL, clean_BL, drawn_BL)
+        moves_BL = start_BL != clean_BL
+        at_moving = [tensor.expand(clean_BL.shape)[moves_BL] for tensor in (clean_BL, time_BL, uniforms_BL)]
+        return clean_BL.masked_scatter(moves_BL, self._by_chunks(draw, *at_moving))
 
     def jump(
         self,
@@ -153,7 +149,7 @@ class KineticPath(Path):
         rest_NV = laws_NV.scatter_add(1, clean_N[:, None], -at_start_N[:, None]).clamp(min=0)
         return rest_NV / rest_NV.sum(1, keepdim=True)
 
-    def _by_chunks(self, function, *tensors_BL: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def _by_chunks(self, function: Callable[..., Tensor], *tensors_BL: Tensor) -> Tensor:
         """Applies a function of flat tensors to chunks of positions, so that ``[chunk, V]`` stays small."""
         flat = [tensor.expand(tensors_BL[0].shape).reshape(-1) for tensor in tensors_BL]
         chunk = max(1, _CHUNK_ELEMENTS // self.vocab_size)

@@ -15,14 +15,19 @@ from torch import Tensor
 
 from raydist.config.base import StrictModel
 from raydist.core.rng import RowRng
+from raydist.paths.schedules import Schedule
 
 _MASK32 = 0xFFFFFFFF
 _GOLDEN_32 = 0x9E3779B9  # 2**32 times the golden ratio's fraction, 0.618
 _SQRT2_32 = 0x6A09E667  # 2**32 times the fraction of the square root of 2, 0.414
 
+_LARGEST_REST = 0.0101
+
 
 class TimeSampling(StrictModel):
-    """Draws times, uniform on ``[low, high)`` for each row by itself; the kinds differ in how rows depend on each other.
+    """Draws times, uniform between low and high for each row by itself; the kinds differ in how rows depend on each other.
+
+    Neither end is ever drawn: rates are infinite at t = 1, and those of some schedules at t = 0.
 
     With n the sample's number (``RowRng.samples_B``, or the row id where there is none):
 
@@ -55,8 +60,18 @@ class TimeSampling(StrictModel):
         times_BK = self._clipped(self._uniforms(rng, purpose=purpose, num_blocks=num_blocks))
         return times_BK.repeat_interleave(block_size, dim=1)[:, :length].contiguous()
 
+    def covers(self, schedule: Schedule | None) -> bool:
+        """Whether so much of all noise levels is drawn that the mean over the range is the mean over [0, 1], to about 1%.
+
+        Args:
+            schedule: of the path; None where it is not the same for all tokens, which then counts as linear.
+        """
+        left = 1.0 - self.high if schedule is None else float(schedule.remaining(torch.tensor(self.high)))
+        return self.low == 0.0 and left <= _LARGEST_REST
+
     def _clipped(self, uniforms: Tensor) -> Tensor:
-        return self.low + (self.high - self.low) * uniforms
+        times = self.low + (self.high - self.low) * uniforms.clamp(min=2.0**-25)
+        return times.clamp(max=torch.nextafter(times.new_tensor(self.high), times.new_tensor(0.0)))
 
     def _uniforms(self, rng: RowRng, *, purpose: str, num_blocks: int) -> Tensor:
         if self.kind == "uniform":

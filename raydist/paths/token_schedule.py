@@ -34,10 +34,6 @@ class TokenSchedule(ABC):
         """``kappa_t(x1)``."""
 
     @abstractmethod
-    def derivative(self, time_X: Tensor, clean_X: Tensor) -> Tensor:
-        """``d kappa_t(x1) / dt``."""
-
-    @abstractmethod
     def remaining(self, time_X: Tensor, clean_X: Tensor) -> Tensor:
         """``1 - kappa_t(x1)``."""
 
@@ -71,10 +67,6 @@ class SharedSchedule(TokenSchedule):
     def value(self, time_X: Tensor, clean_X: Tensor) -> Tensor:
         """``kappa_t``."""
         return self._schedule.value(time_X)
-
-    def derivative(self, time_X: Tensor, clean_X: Tensor) -> Tensor:
-        """``kappa'``."""
-        return self._schedule.derivative(time_X)
 
     def remaining(self, time_X: Tensor, clean_X: Tensor) -> Tensor:
         """``1 - kappa_t``."""
@@ -125,11 +117,6 @@ class GreatCircle(TokenSchedule):
         """``kappa_t(x1)``."""
         angle_X = self._angle(time_X, clean_X)
         return torch.sin((2 - time_X) * angle_X) * torch.sin(time_X * angle_X) / torch.sin(angle_X) ** 2
-
-    def derivative(self, time_X: Tensor, clean_X: Tensor) -> Tensor:
-        """``kappa_t'(x1)``."""
-        angle_X = self._angle(time_X, clean_X)
-        return angle_X * torch.sin(2 * (1 - time_X) * angle_X) / torch.sin(angle_X) ** 2
 
     def remaining(self, time_X: Tensor, clean_X: Tensor) -> Tensor:
         """``1 - kappa_t(x1)``."""

@@ -15,7 +15,7 @@ from raydist.core.log import quiet_libraries
 _CONNECT_TIMEOUT_S = 5.0
 
 # Read by Ray in this process and handed on to its controller and workers; a user's own values win.
-_RAY_ENV = {
+RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -36,7 +36,7 @@ def connected(*, address: str | None, min_cpus: float = 1.0, num_cpus: int | Non
     Raises:
         ConfigError: nobody answers at the address.
     """
-    for key, value in _RAY_ENV.items():
+    for key, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     quiet_libraries()
     import ray

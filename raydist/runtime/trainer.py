@@ -20,10 +20,10 @@ from raydist.training.hooks import Hook
 from raydist.training.session import Outcome
 
 _POLL_S = 0.3
-_RAY_FOLDER = "ray"
+RAY_FOLDER = "ray"
 # Ray trains in a thread, and glibc gives a thread memory that it returns to the kernel whenever it is free: a fifth of a CPU
 # step. With one arena the thread shares the main one, which keep_freed_memory() tells to keep what it has.
-_WORKER_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
+WORKER_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
 
 
 def train_on_ray(recipe: Recipe, *, run_dir: str, address: str | None = None, hooks: Sequence[Hook] = ()) -> Outcome:
@@ -53,12 +53,12 @@ def train_on_ray(recipe: Recipe, *, run_dir: str, address: str | None = None, ho
             worker_main,
             train_loop_config=payload,
             torch_config=TorchConfig(timeout_s=int(scaling.collective_timeout_s)),
-            scaling_config=_ray_scaling(scaling),
+            scaling_config=ray_scaling(scaling),
             run_config=ray.train.RunConfig(
-                name=_RAY_FOLDER,
+                name=RAY_FOLDER,
                 storage_path=run_dir if storage.is_remote(run_dir) else storage.local_path(run_dir),
                 failure_config=ray.train.FailureConfig(max_failures=scaling.max_failures),
-                worker_runtime_env={"env_vars": _WORKER_ENVIRONMENT},
+                worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
             ),
         )
         with _Relay(monitor, hooks):
@@ -71,7 +71,8 @@ def train_on_ray(recipe: Recipe, *, run_dir: str, address: str | None = None, ho
         return Outcome(**result.return_value)
 
 
-def _ray_scaling(scaling: ScalingConfig) -> ray.train.ScalingConfig:
+def ray_scaling(scaling: ScalingConfig) -> ray.train.ScalingConfig:
+    """The workers of a run, in Ray's words."""
     return ray.train.ScalingConfig(
         num_workers=scaling.num_workers,
         use_gpu=scaling.use_gpu,

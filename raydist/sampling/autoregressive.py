@@ -11,7 +11,7 @@ from torch import Tensor
 
 from raydist.config.registries import SAMPLERS
 from raydist.models.mask_spec import CachedMask
-from raydist.sampling.base import Generation, Sampler, SamplerConfig, Trained
+from raydist.sampling.base import CAUSAL_OBJECTIVES, Generation, Sampler, SamplerConfig, Trained
 from raydist.sampling.drawing import draw_tokens, prompt_uniforms
 from raydist.sampling.kv_cache import KvCache
 from raydist.sampling.prefill import prefill
@@ -23,13 +23,11 @@ class Autoregressive(Sampler):
     The forward over the prompt yields the first token, so ``num_forwards`` equals the number of tokens.
     """
 
-    def __init__(
-        self, config: AutoregressiveConfig, *, stop_ids: Sequence[int], mask_id: int | None, seed: int
-    ) -> None:
+    def __init__(self, config: AutoregressiveConfig, *, trained: Trained) -> None:
         self.config = config
-        self.stop_ids = tuple(stop_ids)
-        self.mask_id = mask_id
-        self.seed = seed
+        self.stop_ids = trained.stop_ids
+        self.ids = trained.ids
+        self.seed = trained.seed
 
     @torch.inference_mode()
     def generate(self, model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[Generation]:
@@ -68,8 +66,9 @@ class Autoregressive(Sampler):
         ]
 
     def _draw(self, logits_B1V: Tensor, *, uniforms_BN: Tensor) -> Tensor:
-        if self.mask_id is not None:
-            logits_B1V[..., self.mask_id] = -torch.inf
+        logits_B1V = logits_B1V[..., : self.ids.vocab_size]
+        if self.ids.mask is not None:
+            logits_B1V[..., self.ids.mask] = -torch.inf
         return draw_tokens(
             logits_B1V,
             uniforms_BN=uniforms_BN,
@@ -101,5 +100,10 @@ class AutoregressiveConfig(SamplerConfig):
     """Draw among the most likely tokens that hold this much probability; null for all."""
 
     def build(self, trained: Trained) -> Autoregressive:
-        """The sampler; a vocabulary with a mask id never yields it."""
-        return Autoregressive(self, stop_ids=trained.stop_ids, mask_id=trained.ids.mask, seed=trained.seed)
+        """The sampler; it never yields a mask, nor an id that only pads the tables.
+
+        Raises:
+            ConfigError: the model does not predict next tokens.
+        """
+        trained.require_objective(CAUSAL_OBJECTIVES, sampler=self.name)
+        return Autoregressive(self, trained=trained)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,19 @@ from raydist.core.token_ids import TokenIds
 
 if TYPE_CHECKING:
     from raydist.sampling.text_bytes.vocabulary import TextTokenizer
+
+# What the models of our objectives are for; a model of an objective that is not listed is taken as it is.
+_SAMPLER_OF = {
+    "next_token": "autoregressive",
+    "set_block": "set_block",
+    "masked": "masked",
+    "block": "block",
+    "discrete_flow": "discrete_flow",
+    "resample": "resample iterations=0",
+    "edit_flow": "edit_flow",
+}
+CAUSAL_OBJECTIVES = frozenset({"next_token", "set_block"})
+"""Objectives whose models predict the next token from what is before it."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,21 @@ class Trained:
         return cls(
             ids=ids, stop_ids=tuple(meta["stop_ids"]), objective=meta.get("objective"), seed=seed, tokenizer=tokenizer
         )
+
+    def require_objective(self, objectives: Collection[str], *, sampler: str) -> None:
+        """Lets pass models of these objectives, and of objectives that are not ours.
+
+        Raises:
+            ConfigError: the model was trained by another of our objectives.
+        """
+        name = (self.objective or {}).get("name")
+        if name in _SAMPLER_OF and name not in objectives:
+            raise ConfigError(
+                "the model was trained for another sampler",
+                where="sampler",
+                found=f"{sampler} on a model trained by {name}",
+                fix=f"use --sampler {_SAMPLER_OF[name]}",
+            )
 
     def require_mask_id(self, *, sampler: str) -> int:
         """The vocabulary's mask id.

@@ -6,7 +6,7 @@ Source: Arriola et al. 2025, "Block Diffusion", arXiv 2503.09573.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -16,46 +16,12 @@ from typing_extensions import override
 
 from raydist.config.registries import SAMPLERS
 from raydist.core.errors import ConfigError
-from raydist.models.mask_rendering import Piece
-from raydist.models.mask_spec import CachedBlockMask, PackedMask
+from raydist.models.mask_spec import BlockCausalMask, CachedBlockMask
 from raydist.sampling.base import Trained
 from raydist.sampling.blockwise import BlockReader, BlockwiseSampler, Start
 from raydist.sampling.kv_cache import KvCache
 from raydist.sampling.mask_state import MaskStates, MaskStateSamplerConfig, shifted
 from raydist.sampling.prefill import check_prompts
-
-_QUERIES_PER_PART = 64
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class BlockCausalMask(PackedMask):
-    """Each token sees its own block, both ways, and all earlier ones: the clean half of ``BlockDiffusionMask``.
-
-    Attributes:
-        block_size: k.
-    """
-
-    block_size: int
-
-    @property
-    @override
-    def num_queries(self) -> int:
-        return self.length
-
-    @override
-    def allowed(self, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key // self.block_size <= query // self.block_size) & self._same_document(row, query, key)
-
-    @override
-    def num_allowed_pairs(self) -> int:
-        num_full, rest = divmod(self.length, self.block_size)
-        return self.block_size**2 * num_full * (num_full + 1) // 2 + rest * self.length
-
-    @override
-    def _pieces(self) -> list[Piece]:
-        step = self.block_size * max(1, _QUERIES_PER_PART // self.block_size)
-        stops = [(start, min(start + step, self.length)) for start in range(0, self.length, step)]
-        return [(slice(start, stop), (slice(0, stop),), "listed") for start, stop in stops]
 
 
 class Block(BlockwiseSampler):

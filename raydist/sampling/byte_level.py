@@ -11,7 +11,7 @@ from pydantic import Field
 from raydist.config.registries import SAMPLERS
 from raydist.core.errors import ConfigError
 from raydist.core.token_ids import TokenIds
-from raydist.sampling.base import Generation, Sampler, SamplerConfig, Trained
+from raydist.sampling.base import CAUSAL_OBJECTIVES, Generation, Sampler, SamplerConfig, Trained
 from raydist.sampling.text_bytes.reader import ByteModel, ByteReader
 from raydist.sampling.text_bytes.rollout import ByteGeneration, sample_bytes
 from raydist.sampling.text_bytes.segmentation import Segmentation
@@ -151,7 +151,7 @@ class ByteLevelConfig(SamplerConfig):
     """One byte a forward from the exact next-byte law of a token model; prompts may end inside a word."""
 
     name: Literal["byte_level"] = "byte_level"
-    temperature: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """0 takes the most likely byte; otherwise the law of the next byte goes to the power 1 / temperature."""
     top_p: float | None = Field(default=None, gt=0, le=1)
     """Draw among the most likely bytes that hold this much probability; null for all."""
@@ -167,8 +167,9 @@ class ByteLevelConfig(SamplerConfig):
         """The sampler.
 
         Raises:
-            ConfigError: the caller gave no tokenizer.
+            ConfigError: the model does not predict next tokens, or the caller gave no tokenizer.
         """
+        trained.require_objective(CAUSAL_OBJECTIVES, sampler=self.name)
         return ByteLevel(
             self,
             segmentation=Segmentation(trained.require_tokenizer(user=self.name)),

@@ -144,14 +144,12 @@ class CorrectableText:
         Row b feeds its first ``counts_B[b]`` sources; what stands behind them is padding, and a row of padding alone
         costs nothing.
         """
-        mask = CachedMask(
-            cache_lengths_B=cached_B, cache_width=self.cache.width, num_causal=sources_BN.shape[1], num_block=0
-        ).to(self.device)
+        mask = CachedMask(cache_lengths_B=cached_B, cache_width=self.cache.width, num_causal=sources_BN.shape[1])
         tokens_BN = self.tokens_BT.gather(1, sources_BN.clamp(max=self.tokens_BT.shape[1] - 1))
         hidden_BND = self.model.hidden(
             tokens_BN.to(self.device),
             positions_BN.to(self.device),
-            mask,
+            mask.to(self.device),
             cache=self.cache,
             features={OFFSET_FEATURE: self.offsets.rows(offsets_BN).to(self.device)},
         )

@@ -50,9 +50,9 @@ def draw_chunked(
 class Denoiser:
     """A model over a canvas, as a source of clean tokens.
 
-    With guidance weight w the logits are ``(1 - w) logits(x_t | no condition) + w logits(x_t | condition)``, in
-    float32: a weighted product of both laws, a law for any w. Without the condition means that the given tokens are
-    replaced by source tokens. At w = 1 and w = 0 only one of the two forwards is done.
+    With guidance weight w the law is ``p(. | condition)^(1 + w) p(. | no condition)^(-w)``, normalised: the logits are
+    ``(1 + w) logits(x_t | condition) - w logits(x_t | no condition)``, in float32. Without the condition means that the
+    given tokens are replaced by source tokens. w = 0 is one forward.
 
     Attributes:
         model: a decoder in evaluation mode.
@@ -75,7 +75,7 @@ class Denoiser:
     @property
     def num_forwards(self) -> int:
         """Forwards of the model in an evaluation."""
-        return 1 if self.guidance in (0.0, 1.0) else 2
+        return 2 if self.guidance else 1
 
     def draw(
         self, tokens_BL: Tensor, *, wanted_BL: Tensor, uniforms_BL: Tensor, time: float, temperature: float
@@ -94,12 +94,12 @@ class Denoiser:
         rows_R = wanted_BL.any(dim=1).nonzero()[:, 0]
         if not len(rows_R):
             return tokens_BL
-        null_BL = torch.where(self.canvas.given_BL, self.null_BL, tokens_BL)
-        weighted = ((self.guidance, tokens_BL), (1.0 - self.guidance, null_BL))
+        weighted = [(1.0 + self.guidance, tokens_BL)]
+        if self.guidance:
+            weighted.append((-self.guidance, torch.where(self.canvas.given_BL, self.null_BL, tokens_BL)))
         branches = [
             (weight, self._hidden(inputs_BL[rows_R], rows_R=rows_R, wanted_RL=wanted_BL[rows_R], time=time))
             for weight, inputs_BL in weighted
-            if weight != 0.0
         ]
         uniforms_T = uniforms_BL[wanted_BL]
         drawn_T = draw_chunked(

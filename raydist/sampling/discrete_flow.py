@@ -67,6 +67,7 @@ class DiscreteFlow(Sampler):
         self.config = config
         self.path = path
         self.clock = clock
+        self.times = clock.grid(config.time_grid, power=config.grid_power, num_steps=config.num_steps)
         self.shift = shift
         self.trained = trained
 
@@ -107,8 +108,7 @@ class DiscreteFlow(Sampler):
             return []
         rollout = self.rollout(model, prefixes, suffixes, num_new_tokens=num_new_tokens)
         self.run(rollout)
-        revises = self.path.absorbing_id is None or self.config.corrector.revises
-        return rollout.history.generations(rollout.canvas, stop_ids=stop_ids, with_states=revises)
+        return rollout.history.generations(rollout.tokens_BL, canvas=rollout.canvas, stop_ids=stop_ids)
 
     def rollout(
         self, model: Any, prefixes: Sequence[Sequence[int]], suffixes: Sequence[Sequence[int]], *, num_new_tokens: int
@@ -135,13 +135,13 @@ class DiscreteFlow(Sampler):
             ids=self.trained.ids,
             guidance=self.config.guidance,
             shift=self.shift,
+            keep_states=self.path.absorbing_id is None or self.config.corrector.revises,
         )
 
     def run(self, rollout: FlowRollout) -> None:
         """All steps of a chain, each followed by its corrector updates."""
         config, corrector = self.config, self.config.corrector
-        times = self.clock.grid(config.time_grid, power=config.grid_power, num_steps=config.num_steps)
-        for step, (start, stop) in enumerate(pairwise(times)):
+        for step, (start, stop) in enumerate(pairwise(self.times)):
             rollout.jump(
                 start,
                 stop,
@@ -203,8 +203,8 @@ class DiscreteFlowSamplerConfig(SamplerConfig):
     temperature_schedule: Literal["constant", "squared"] = "constant"
     """squared: temperature times (1 - t)^2, as the large models of Gat et al."""
     corrector: CorrectorConfig = CorrectorConfig()
-    guidance: float = 1.0
-    """Classifier-free guidance weight: 1 is conditional, 0 unconditional, above 1 guided (two forwards a step)."""
+    guidance: float = Field(default=0.0, gt=-1)
+    """Weight w of guidance by the condition: twice the forwards. 0 is off."""
 
     def temperature_at(self, time: float) -> float:
         """The temperature of a step."""
@@ -223,7 +223,8 @@ class DiscreteFlowSamplerConfig(SamplerConfig):
         """The sampler.
 
         Raises:
-            ConfigError: no path is known, the path does not fit the training's, or the vocabulary lacks the path's mask id.
+            ConfigError: no path is known, the path does not fit the training's or the time grid, or the vocabulary lacks the
+                path's mask id.
         """
         objective = trained.objective or {}
         trained_path = PATHS.parse(objective["path"]) if objective.get("name") == "discrete_flow" else None

@@ -18,9 +18,18 @@ from raydist.core.errors import ConfigError
 from raydist.sampling.base import Generation, Sampler, SamplerConfig, Trained
 from raydist.sampling.drawing import PromptNoise
 from raydist.sampling.edit_process import TrainedProcess, trained_process
-from raydist.sampling.edit_proposal import CHANGE, DRAWS_PER_TOKEN, TokenChoice, propose_edits
-from raydist.sampling.edit_rates import EditHeads, Guidance, GuidanceRule, edit_rates
+from raydist.sampling.edit_rates import (
+    CHANGE,
+    DRAWS_PER_TOKEN,
+    EditHeads,
+    Guidance,
+    GuidanceRule,
+    TokenChoice,
+    propose_edits,
+)
 from raydist.sampling.edit_state import EditProposal, EditState, apply_edits, require_room
+
+_GAP_MARK = -1
 
 
 class EditFlow(Sampler):
@@ -43,8 +52,8 @@ class EditFlow(Sampler):
     tokens at any time; a full text takes insertions from the left (:func:`raydist.sampling.edit_state.apply_edits`).
 
     ``num_forwards`` counts every model evaluation, two where guidance needs both. ``revealed_at`` is 0 for tokens of a start
-    that nothing replaced. ``states`` holds the free part after each step. Tokens that are never drawn (mask, begin, padding)
-    and are left over from a noisy start do not appear in the result.
+    that nothing replaced. ``states`` holds the free part after each step. A stop id ends a text; in a gap it is a token like
+    others. Tokens that are never drawn (mask, begin, padding) and are left over from a noisy start do not appear in the result.
     """
 
     def __init__(self, config: EditFlowSamplerConfig, *, process: TrainedProcess, trained: Trained) -> None:
@@ -52,12 +61,13 @@ class EditFlow(Sampler):
         self.process = process
         self.stop_ids = tuple(trained.stop_ids)
         self.seed = trained.seed
-        never = {trained.ids.mask, trained.ids.bos, trained.ids.pad} - {None, trained.ids.eos, *self.stop_ids}
+        self.vocab_size = trained.ids.vocab_size
+        never = {trained.ids.mask, trained.ids.bos, trained.ids.pad} - {trained.ids.eos, *self.stop_ids}
         self.never_drawn = tuple(sorted(token for token in never if token is not None))
 
     def generate(self, model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[Generation]:
         """Continues each prompt from the start that the model was trained with: nothing, or noise."""
-        return self._run(model, prompts, [()] * len(prompts), drafts=None, limit=max_new_tokens, start_time=0.0)
+        return self._run(model, prompts, [()] * len(prompts), limit=max_new_tokens, stop_ids=self.stop_ids)
 
     def infill(
         self, model: Any, prefixes: Sequence[Sequence[int]], suffixes: Sequence[Sequence[int]], *, num_new_tokens: int
@@ -75,7 +85,7 @@ class EditFlow(Sampler):
                 expected="ends",
                 fix="train with objective.condition=ends",
             )
-        return self._run(model, prefixes, suffixes, drafts=None, limit=num_new_tokens, start_time=0.0)
+        return self._run(model, prefixes, suffixes, limit=num_new_tokens, stop_ids=())
 
     def revise(
         self,
@@ -106,7 +116,13 @@ class EditFlow(Sampler):
                 expected=f"at least {longest}",
             )
         return self._run(
-            model, prompts, [()] * len(prompts), drafts=drafts, limit=max_new_tokens, start_time=start_time
+            model,
+            prompts,
+            [()] * len(prompts),
+            limit=max_new_tokens,
+            stop_ids=self.stop_ids,
+            drafts=drafts,
+            start_time=start_time,
         )
 
     @torch.inference_mode()
@@ -116,124 +132,45 @@ class EditFlow(Sampler):
         prefixes: Sequence[Sequence[int]],
         suffixes: Sequence[Sequence[int]],
         *,
-        drafts: Sequence[Sequence[int]] | None,
         limit: int,
-        start_time: float,
+        stop_ids: Sequence[int],
+        drafts: Sequence[Sequence[int]] | None = None,
+        start_time: float = 0.0,
     ) -> list[Generation]:
         if not prefixes:
             return []
         device = next(model.parameters()).device
-        keys = [[*prefix, *suffix] for prefix, suffix in zip(prefixes, suffixes, strict=True)]
-        if drafts is not None:
-            keys = [[*key, *draft] for key, draft in zip(keys, drafts, strict=True)]
+        parts = zip(prefixes, [()] * len(prefixes) if drafts is None else drafts, suffixes, strict=True)
+        keys = [[*prefix, _GAP_MARK, *draft, _GAP_MARK, *suffix] for prefix, draft, suffix in parts]
         noise = PromptNoise(keys, seed=self.seed, device=device)
-        state = self._initial(prefixes, suffixes, drafts=drafts, limit=limit, noise=noise, device=device)
-        require_room(state, max_positions=model.config.max_positions)
-        num_steps = self.config.num_steps
-        states, num_forwards = [], 0
-        times = [start_time + (1 - start_time) * step / num_steps for step in range(num_steps + 1)]
-        for time, stop in pairwise(times):
-            reach = min(1.0, stop + (stop - time) * self.config.correction(time)) if stop < 1 else 1.0
-            state, spent = self._forward(model, state, start=time, stop=reach, noise=noise, forward=num_forwards + 1)
-            num_forwards += spent
-            if reach > stop:
-                state, spent = self._backward(
-                    model, state, start=reach, stop=stop, noise=noise, forward=num_forwards + 1
-                )
-                num_forwards += spent
-            states.append(state)
-        return self._generations(states, num_forwards=num_forwards)
-
-    def _initial(
-        self,
-        prefixes: Sequence[Sequence[int]],
-        suffixes: Sequence[Sequence[int]],
-        *,
-        drafts: Sequence[Sequence[int]] | None,
-        limit: int,
-        noise: PromptNoise,
-        device: torch.device,
-    ) -> EditState:
         begin = self.process.begin_id
         first = [list(prefix) if prefix and prefix[0] == begin else [begin, *prefix] for prefix in prefixes]
-        free = self.process.draw_start(first, limit=limit, noise=noise) if drafts is None else drafts
-        return EditState.of(first, free, suffixes, limit=limit, fill=begin, device=device)
+        if drafts is None:
+            given = [[*prefix, *suffix] for prefix, suffix in zip(first, suffixes, strict=True)]
+            drafts = self.process.draw_start(given, limit=limit, noise=noise)
+        state = EditState.of(first, drafts, suffixes, limit=limit, fill=begin, device=device)
+        require_room(state, max_positions=model.config.max_positions)
+        rollout = _Rollout(self, model, state, noise=noise)
+        num_steps = self.config.num_steps
+        states = []
+        times = [start_time + (1 - start_time) * (step / num_steps) for step in range(num_steps + 1)]
+        for time, stop in pairwise(times):
+            reach = min(1.0, stop + (stop - time) * self.config.correction(time)) if stop < 1 else 1.0
+            rollout.forward(time, reach)
+            if reach > stop:
+                rollout.backward(reach, stop)
+            states.append(rollout.state)
+        return self._generations(states, num_forwards=rollout.num_forwards, stop_ids=stop_ids)
 
-    def _forward(
-        self, model: Any, state: EditState, *, start: float, stop: float, noise: PromptNoise, forward: int
-    ) -> tuple[EditState, int]:
-        """From ``start`` on to ``stop`` with the forward rates; the new state and the forwards spent."""
-        times = torch.tensor([start, stop], dtype=torch.float64)
-        return self._leap(
-            model,
-            state,
-            time=start,
-            jump=float(self.process.schedule.jump_probability(times[0], times[1])),
-            heads=self.process.forward,
-            guidance=self.config.forward_guidance,
-            temperature=self.config.temperature_at(start),
-            uniforms_BL4=_draws(noise, f"edit/{forward}", state),
-            forward=forward,
-        )
-
-    def _backward(
-        self, model: Any, state: EditState, *, start: float, stop: float, noise: PromptNoise, forward: int
-    ) -> tuple[EditState, int]:
-        """From ``start`` back to ``stop`` with the reverse rates; the new state and the forwards spent."""
-        kappa = self.process.schedule.value(torch.tensor([start, stop], dtype=torch.float64))
-        jump = float(1 - kappa[1] / kappa[0])
-        uniforms_BL4 = _draws(noise, f"edit/back/{forward}", state)
-        if self.process.reverse is None:
-            nothing_BL = torch.zeros_like(state.free_BL)
-            delete_BL = state.free_BL & (uniforms_BL4[..., CHANGE] < jump)
-            proposal = EditProposal(nothing_BL, state.tokens_BL, delete_BL, nothing_BL, state.tokens_BL)
-            return apply_edits(state, proposal, forward=forward), 0
-        temperature = self.config.reverse_temperature
-        return self._leap(
-            model,
-            state,
-            time=start,
-            jump=jump,
-            heads=self.process.reverse,
-            guidance=self.config.backward_guidance,
-            temperature=self.config.temperature_at(start) if temperature is None else temperature,
-            uniforms_BL4=uniforms_BL4,
-            forward=forward,
-        )
-
-    def _leap(
-        self,
-        model: Any,
-        state: EditState,
-        *,
-        time: float,
-        jump: float,
-        heads: EditHeads,
-        guidance: Guidance,
-        temperature: float,
-        uniforms_BL4: Tensor,
-        forward: int,
-    ) -> tuple[EditState, int]:
-        """Edits by the rates at one time; the new state and the forwards spent."""
-        proposal = propose_edits(
-            model,
-            state,
-            edit_rates(model, state, time=time, heads=heads, guidance=guidance),
-            jump=jump,
-            heads=heads,
-            guidance=guidance,
-            choice=TokenChoice(temperature, self.config.top_k, self.config.top_p, self.never_drawn),
-            uniforms_BL4=uniforms_BL4,
-        )
-        return apply_edits(state, proposal, forward=forward), 2 if guidance.scale else 1
-
-    def _generations(self, states: Sequence[EditState], *, num_forwards: int) -> list[Generation]:
+    def _generations(
+        self, states: Sequence[EditState], *, num_forwards: int, stop_ids: Sequence[int]
+    ) -> list[Generation]:
         texts = [state.free_lists(state.tokens_BL) for state in states]
         born = states[-1].free_lists(states[-1].born_BL)
         generations = []
         for row, text in enumerate(texts[-1]):
             kept = [(token, at) for token, at in zip(text, born[row], strict=True) if token not in self.never_drawn]
-            stops = [index for index, (token, _) in enumerate(kept) if token in self.stop_ids]
+            stops = [index for index, (token, _) in enumerate(kept) if token in stop_ids]
             kept = kept[: stops[0] + 1] if stops else kept
             generations.append(
                 Generation(
@@ -247,10 +184,81 @@ class EditFlow(Sampler):
         return generations
 
 
-def _draws(noise: PromptNoise, purpose: str, state: EditState) -> Tensor:
-    """Uniforms per place, the same ones however long the longest text of the batch is."""
-    length = state.tokens_BL.shape[1]
-    return noise.uniforms(purpose, DRAWS_PER_TOKEN * length).unflatten(1, (length, DRAWS_PER_TOKEN))
+class _Rollout:
+    """The edit process on one batch: the texts, and the forwards spent on them."""
+
+    def __init__(self, sampler: EditFlow, model: Any, state: EditState, *, noise: PromptNoise) -> None:
+        self.sampler, self.config, self.process = sampler, sampler.config, sampler.process
+        self.model, self.state, self.noise = model, state, noise
+        self.num_forwards = 0
+
+    def forward(self, start: float, stop: float) -> None:
+        """From ``start`` on to ``stop`` with the forward rates."""
+        times = torch.tensor([start, stop], dtype=torch.float64)
+        self._leap(
+            time=start,
+            jump=float(self.process.schedule.jump_probability(times[0], times[1])),
+            heads=self.process.forward,
+            guidance=self.config.forward_guidance,
+            temperature=self.config.temperature_at(start),
+            uniforms_BL4=self._uniforms("edit"),
+        )
+
+    def backward(self, start: float, stop: float) -> None:
+        """From ``start`` back to ``stop`` with the reverse rates."""
+        kappa = self.process.schedule.value(torch.tensor([start, stop], dtype=torch.float64))
+        jump = float(1 - kappa[1] / kappa[0])
+        uniforms_BL4, state = self._uniforms("edit/back"), self.state
+        if self.process.reverse is None:
+            nowhere_BL = torch.zeros_like(state.free_BL)
+            delete_BL = state.free_BL & (uniforms_BL4[..., CHANGE] < jump)
+            self._apply(EditProposal(nowhere_BL, state.tokens_BL, delete_BL, nowhere_BL, state.tokens_BL))
+            return
+        temperature = self.config.reverse_temperature
+        self._leap(
+            time=start,
+            jump=jump,
+            heads=self.process.reverse,
+            guidance=self.config.backward_guidance,
+            temperature=self.config.temperature_at(start) if temperature is None else temperature,
+            uniforms_BL4=uniforms_BL4,
+        )
+
+    def _leap(
+        self,
+        *,
+        time: float,
+        jump: float,
+        heads: EditHeads,
+        guidance: Guidance,
+        temperature: float,
+        uniforms_BL4: Tensor,
+    ) -> None:
+        """Edits by the rates at one time."""
+        sampler = self.sampler
+        proposal = propose_edits(
+            self.model,
+            self.state,
+            time=time,
+            jump=jump,
+            heads=heads,
+            guidance=guidance,
+            choice=TokenChoice(
+                temperature, self.config.top_k, self.config.top_p, sampler.vocab_size, sampler.never_drawn
+            ),
+            uniforms_BL4=uniforms_BL4,
+        )
+        self.num_forwards += guidance.num_forwards
+        self._apply(proposal)
+
+    def _apply(self, proposal: EditProposal) -> None:
+        self.state = apply_edits(self.state, proposal, forward=self.num_forwards)
+
+    def _uniforms(self, purpose: str) -> Tensor:
+        """Uniforms per place, the same ones however long the longest text of the batch is."""
+        length = self.state.tokens_BL.shape[1]
+        uniforms = self.noise.uniforms(f"{purpose}/{self.num_forwards}", DRAWS_PER_TOKEN * length)
+        return uniforms.unflatten(1, (length, DRAWS_PER_TOKEN))
 
 
 @SAMPLERS.register

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from raydist.config.registries import SCHEDULES, SOURCES
+from raydist.core.edit_model import begin_token
 from raydist.core.errors import ConfigError
 from raydist.paths.schedules import Schedule
 from raydist.paths.sources import SourceLaw
@@ -40,13 +41,19 @@ class TrainedProcess:
     spreads: bool
     begin_id: int
 
-    def draw_start(self, first: Sequence[Sequence[int]], *, limit: int, noise: PromptNoise) -> list[list[int]]:
-        """The free tokens of x0 behind the given tokens of each text, at most ``limit``; none for an empty x0."""
+    def draw_start(self, given: Sequence[Sequence[int]], *, limit: int, noise: PromptNoise) -> list[list[int]]:
+        """The free tokens of x0, at most ``limit``; none for an empty x0.
+
+        Args:
+            given: the given tokens of each text, the begin token in front.
+            limit: the most free tokens of a text.
+            noise: of the texts.
+        """
         if self.start is None:
-            return [[] for _ in first]
-        longest = max(map(len, first))
-        given_BL = torch.tensor([[0 < index < len(part) for index in range(longest)] for part in first])
-        tokens_BL = torch.tensor([[*part, *[0] * (longest - len(part))] for part in first])
+            return [[] for _ in given]
+        longest = max(map(len, given))
+        given_BL = torch.tensor([[0 < index < len(part) for index in range(longest)] for part in given])
+        tokens_BL = torch.tensor([[*part, *[0] * (longest - len(part))] for part in given])
         uniforms_BL = noise.uniforms("edit/start", min(limit, self.start_length)).cpu()
         drawn: list[list[int]] = self.start.in_context(tokens_BL, given_BL=given_BL).draw(uniforms_BL).tolist()
         return drawn
@@ -67,7 +74,7 @@ def trained_process(trained: Trained, *, sampler: str) -> TrainedProcess:
             expected="a model trained with objective.name=edit_flow",
             fix="use --sampler autoregressive",
         )
-    begin_id = trained.ids.bos if trained.ids.bos is not None else trained.ids.eos
+    begin_id = begin_token(trained.ids)
     if begin_id is None:
         raise ConfigError(
             "begin token missing: the vocabulary has neither a begin-of-text nor an end-of-text token",

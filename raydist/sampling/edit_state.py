@@ -8,11 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from raydist.core.edit_model import CLOSED, FREE, OPEN
 from raydist.core.errors import ConfigError
-
-FREE, CLOSED, OPEN = 0, 1, 2
-"""Values of the input feature ``context``, as the objective ``edit_flow`` trains them: a token that may be edited, a given one
-with nothing to come directly behind it, a given one with room behind it."""
 
 
 @dataclass(frozen=True)

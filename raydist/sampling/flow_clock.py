@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +13,14 @@ from raydist.paths.base import PathConfig
 from raydist.paths.schedules import Schedule
 
 GridName = Literal["uniform", "power", "kappa"]
-_MAY_DIFFER = {"schedule", "coupling"}
+_NOT_COMPARED: Mapping[str, bool | set[str]] = {
+    "schedule": True,  # looked at by itself
+    "coupling": True,  # of training alone
+    "step_rule": True,  # these two of sampling alone
+    "flux_rule": True,
+    "source": {"path"},  # where a file lies
+    "metric": {"path"},
+}
 
 
 @dataclass(frozen=True)
@@ -64,23 +72,23 @@ def flow_clock(path: PathConfig, *, trained_path: PathConfig | None) -> FlowCloc
     """The clock for sampling ``path`` with a model that was trained with ``trained_path`` (None: not known).
 
     Raises:
-        ConfigError: the paths differ in more than the schedule, or one of them has none.
+        ConfigError: the paths differ in more than the schedule, which both must have then, and the rule of steps.
     """
     schedule = getattr(path, "schedule", None)
-    schedule = schedule if isinstance(schedule, Schedule) else None
+    shared = schedule if isinstance(schedule, Schedule) else None
     if trained_path is None:
-        return FlowClock(schedule)
-    sampled, trained = path.model_dump(mode="json"), trained_path.model_dump(mode="json")
+        return FlowClock(shared)
+    sampled, trained = (config.model_dump(mode="json", exclude=_NOT_COMPARED) for config in (path, trained_path))
     differing = {key for key in sampled.keys() | trained.keys() if sampled.get(key) != trained.get(key)}
     trained_schedule = getattr(trained_path, "schedule", None)
-    if "schedule" not in differing and not differing - _MAY_DIFFER:
-        return FlowClock(schedule)
-    if differing - _MAY_DIFFER or schedule is None or not isinstance(trained_schedule, Schedule):
+    if not differing and schedule == trained_schedule:
+        return FlowClock(shared)
+    if differing or shared is None or not isinstance(trained_schedule, Schedule):
         raise ConfigError(
             "the model was trained with another path",
             where="sampler.path",
-            found=f"another {', '.join(sorted(differing))}",
-            expected=f"{trained}; only the schedule may be changed after training",
+            found=f"another {', '.join(sorted(differing or {'schedule'}))}",
+            expected=f"{trained_path.model_dump(mode='json')}; after training the schedule and the rule of steps may change",
             fix="leave sampler.path out",
         )
-    return FlowClock(schedule, trained_schedule)
+    return FlowClock(shared, trained_schedule)

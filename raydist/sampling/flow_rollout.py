@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,29 +27,29 @@ class History:
     Attributes:
         revealed_at_BL: the forward, counted from 1, after which a token was last changed.
         num_forwards_B: forwards spent on each row.
-        states: after each update, the tokens ``[B, L]`` and which rows were run for it, bool ``[B]``.
+        states: after each update, the tokens ``[B, L]`` and which rows were run for it, bool ``[B]``; None where they are
+            not kept.
     """
 
     revealed_at_BL: Tensor
     num_forwards_B: Tensor
-    states: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    states: list[tuple[Tensor, Tensor]] | None
 
     def add(self, before_BL: Tensor, after_BL: Tensor, *, num_forwards_B: Tensor) -> None:
         """Takes in one update and the forwards that each row spent on it."""
         self.num_forwards_B = self.num_forwards_B + num_forwards_B
         now_B1 = self.num_forwards_B.clamp(min=1)[:, None]
         self.revealed_at_BL = torch.where(after_BL != before_BL, now_B1, self.revealed_at_BL)
-        self.states.append((after_BL, num_forwards_B > 0))
+        if self.states is not None:
+            self.states.append((after_BL, num_forwards_B > 0))
 
-    def generations(self, canvas: Canvas, *, stop_ids: Sequence[int], with_states: bool) -> list[Generation]:
-        """What became of the gaps, cut after the first stop id."""
-        states_BUN = torch.stack([tokens_BL.gather(1, canvas.columns_BN) for tokens_BL, _ in self.states], dim=1)
-        run_BU = torch.stack([run_B for _, run_B in self.states], dim=1)
+    def generations(self, tokens_BL: Tensor, *, canvas: Canvas, stop_ids: Sequence[int]) -> list[Generation]:
+        """What became of the gaps in the end, cut after the first stop id."""
         rows = zip(
-            states_BUN[:, -1].tolist(),
+            tokens_BL.gather(1, canvas.columns_BN).tolist(),
             self.revealed_at_BL.gather(1, canvas.columns_BN).tolist(),
             self.num_forwards_B.tolist(),
-            [states_UN[run_U].tolist() for states_UN, run_U in zip(states_BUN, run_BU, strict=True)],
+            self._states_of_rows(canvas),
             strict=True,
         )
         generations = []
@@ -62,10 +62,18 @@ class History:
                     num_forwards=num_forwards,
                     revealed_at=revealed_at[:end],
                     stopped=bool(stops),
-                    states=[state[:end] for state in states] if with_states else None,
+                    states=None if states is None else [state[:end] for state in states],
                 )
             )
         return generations
+
+    def _states_of_rows(self, canvas: Canvas) -> list[list[list[int]] | None]:
+        """The gap of each row after each update that the row was run for."""
+        if self.states is None:
+            return [None] * len(canvas.columns_BN)
+        states_BUN = torch.stack([tokens_BL.gather(1, canvas.columns_BN) for tokens_BL, _ in self.states], dim=1)
+        run_BU = torch.stack([run_B for _, run_B in self.states], dim=1)
+        return [states_UN[run_U].tolist() for states_UN, run_U in zip(states_BUN, run_BU, strict=True)]
 
 
 class FlowRollout:
@@ -78,8 +86,9 @@ class FlowRollout:
         canvas: the given text and its gaps.
         noise: of the prompts.
         ids: vocabulary size and mask id.
-        guidance: weight of the condition, see :class:`raydist.sampling.denoiser.Denoiser`.
+        guidance: w, see :class:`raydist.sampling.denoiser.Denoiser`.
         shift: position i is read from the hidden state of position i - 1.
+        keep_states: whether the history holds the tokens after each update.
     """
 
     def __init__(
@@ -91,8 +100,9 @@ class FlowRollout:
         canvas: Canvas,
         noise: PromptNoise,
         ids: TokenIds,
-        guidance: float = 1.0,
-        shift: bool = False,
+        guidance: float,
+        shift: bool,
+        keep_states: bool,
     ) -> None:
         self.path = path.in_context(canvas.tokens_BL, given_BL=canvas.given_BL)
         self.clock, self.canvas, self.noise = clock, canvas, noise
@@ -109,7 +119,9 @@ class FlowRollout:
         )
         self.tokens_BL = torch.where(self.in_gap_BL, source_BL, canvas.tokens_BL)
         self.history = History(
-            revealed_at_BL=torch.ones_like(self.tokens_BL), num_forwards_B=torch.zeros_like(canvas.lengths_B)
+            revealed_at_BL=torch.ones_like(self.tokens_BL),
+            num_forwards_B=torch.zeros_like(canvas.lengths_B),
+            states=[] if keep_states else None,
         )
 
     def jump(

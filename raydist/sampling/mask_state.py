@@ -16,23 +16,11 @@ from torch import Tensor
 
 from raydist.config.base import choice
 from raydist.config.registries import UNMASKING
-from raydist.core.errors import ConfigError
 from raydist.sampling.base import Generation, SamplerConfig, Trained
 from raydist.sampling.drawing import draw_tokens
 from raydist.sampling.unmasking.base import Unmasking
 
 COMPARED_GAMMAS = (0.0, 0.35, 0.6)
-
-# What the models of our objectives are for; a model of an objective that is not listed is taken as it is.
-_SAMPLER_OF = {
-    "next_token": "autoregressive",
-    "set_block": "set_block",
-    "masked": "masked",
-    "block": "block",
-    "discrete_flow": "discrete_flow",
-    "resample": "resample",
-    "edit_flow": "edit_flow",
-}
 
 
 @dataclass(frozen=True)
@@ -92,6 +80,7 @@ class MaskStates:
     Attributes:
         policy: which masked positions a forward reveals.
         temperature: 0 takes the most likely token.
+        vocab_size: ids that may be drawn are below it; a model may have more rows.
         mask_id: never drawn.
         stop_ids: tokens that end a text.
         first_token_first: the others may be revealed only after a window's first token; for read-outs that show that token
@@ -100,6 +89,7 @@ class MaskStates:
 
     policy: Unmasking
     temperature: float
+    vocab_size: int
     mask_id: int
     stop_ids: tuple[int, ...]
     first_token_first: bool = False
@@ -120,15 +110,17 @@ class MaskStates:
         stop_ids = torch.tensor(self.stop_ids, dtype=torch.int64, device=tokens_Bk.device)
         busy_B, forward = masked_Bk.any(dim=-1), 0
         while bool(busy_B.any()):
-            logits_BkV = logits_of(tokens_Bk)
+            logits_BkV = logits_of(tokens_Bk)[..., : self.vocab_size]
             logits_BkV[..., self.mask_id] = -torch.inf
             forward += 1
             num_forwards_B = num_forwards_B + busy_B
             reveal_Bk = busy_B[:, None] & self.policy.reveal(
                 logits_BkV, masked_Bk=self._eligible(masked_Bk), order_uniforms_Bk=window.order_uniforms_Bk
             )
-            drawn_Bk = draw_tokens(logits_BkV, uniforms_BN=window.token_uniforms_Bk, temperature=self.temperature)
-            tokens_Bk = torch.where(reveal_Bk, drawn_Bk, tokens_Bk)
+            drawn_R = draw_tokens(
+                logits_BkV[reveal_Bk], uniforms_BN=window.token_uniforms_Bk[reveal_Bk], temperature=self.temperature
+            )
+            tokens_Bk = tokens_Bk.masked_scatter(reveal_Bk, drawn_R)
             revealed_at_Bk = revealed_at_Bk.masked_fill(reveal_Bk, forward)
             masked_Bk = masked_Bk & ~reveal_Bk
             known_prefix_Bk = masked_Bk.cumsum(dim=-1) == 0
@@ -202,7 +194,7 @@ class MaskStateSamplerConfig(SamplerConfig):
 
     unmasking: choice(UNMASKING) = Field(default_factory=lambda: {"name": "entropy_bounded"})  # type: ignore[valid-type]
     """Which masked positions a forward reveals."""
-    temperature: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """0 takes the most likely token; otherwise each token is drawn from its own softmax(logits / temperature)."""
 
     @property
@@ -226,17 +218,11 @@ class MaskStateSamplerConfig(SamplerConfig):
         Raises:
             ConfigError: the vocabulary has no mask id, or the model was trained by another of our objectives.
         """
-        name = (trained.objective or {}).get("name")
-        if name in _SAMPLER_OF and name not in objectives:
-            raise ConfigError(
-                "the model was trained for another sampler",
-                where="sampler",
-                found=f"{self.name} on a model trained by {name}",
-                fix=f"use --sampler {_SAMPLER_OF[name]}",
-            )
+        trained.require_objective(objectives, sampler=self.name)
         return MaskStates(
             policy=self.unmasking,
             temperature=self.temperature,
+            vocab_size=trained.ids.vocab_size,
             mask_id=trained.require_mask_id(sampler=self.name),
             stop_ids=trained.stop_ids,
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from raydist.config.registries import SAMPLERS
 from raydist.core.errors import ConfigError
+from raydist.models.mask_spec import FullMask
 from raydist.sampling.base import Generation, Sampler, Trained
 from raydist.sampling.canvas import Canvas
 from raydist.sampling.drawing import PromptNoise
@@ -26,16 +27,16 @@ from raydist.sampling.prefill import check_prompts
 class Masked(Sampler):
     """The prompt, ``max_new_tokens`` masks, and a forward over all of it for each set of revealed positions.
 
-    With ``block_length`` only the leftmost unfinished block of the new positions may be revealed, while the masks behind it
+    With ``block_size`` only the leftmost unfinished block of the new positions may be revealed, while the masks behind it
     are seen (semi-autoregressive); without, any new position may. A row stops when a stop id is present and everything
     before it is revealed. There is no cache: every token sees every other, so nothing that was computed stays valid.
 
     Rows of different lengths are padded behind their end; padding is a document of its own, so a row never feels its batch.
     """
 
-    def __init__(self, states: MaskStates, *, block_length: int | None, seed: int, shift: bool) -> None:
+    def __init__(self, states: MaskStates, *, block_size: int | None, seed: int, shift: bool) -> None:
         self.states = states
-        self.block_length = block_length
+        self.block_size = block_size
         self.seed = seed
         self.shift = shift
 
@@ -88,11 +89,19 @@ class Masked(Sampler):
         gap = self._masks(prefixes, suffixes, num_new_tokens=num_new_tokens, device=device)
         transcripts = Transcripts([0] * len(prefixes))
         live_B = torch.arange(len(prefixes), device=device)
-        step = self.block_length or max(1, num_new_tokens)
+        step = self.block_size or max(1, num_new_tokens)
         for first in range(0, num_new_tokens, step):
             columns = slice(first, min(first + step, num_new_tokens))
             block = gap.columns(columns.start, columns.stop)
-            forward = _Forward(model, canvas, rows_B=live_B, gap_BN=gap.tokens_Bk, columns=columns, shift=self.shift)
+            forward = _Forward(
+                model,
+                tokens_BL=canvas.tokens_BL[live_B],
+                columns_BN=canvas.columns_BN[live_B],
+                mask=canvas.mask(live_B),
+                gap_BN=gap.tokens_Bk,
+                columns=columns,
+                shift=self.shift,
+            )
             revealed = states.reveal(block, logits_of=forward.logits)
             transcripts.add(revealed, new_Bk=block.new_Bk)
             keep = (~revealed.stopped_B).nonzero()[:, 0]
@@ -129,8 +138,9 @@ class _Forward:
     """Forwards over the whole texts of some rows, while one block of their gaps changes."""
 
     model: Any
-    canvas: Canvas
-    rows_B: Tensor
+    tokens_BL: Tensor
+    columns_BN: Tensor
+    mask: FullMask
     gap_BN: Tensor
     columns: slice
     shift: bool
@@ -141,11 +151,10 @@ class _Forward:
 
     def logits(self, tokens_Bk: Tensor) -> Tensor:
         """Logits of the block, ``[B, k, V]``."""
-        columns_BN = self.canvas.columns_BN[self.rows_B]
-        tokens_BL = self.canvas.tokens_BL[self.rows_B].scatter(1, columns_BN, self.with_block(tokens_Bk))
-        positions_BL = self.canvas.positions().expand_as(tokens_BL)
-        hidden_BLD = self.model.hidden(tokens_BL, positions_BL, self.canvas.mask(self.rows_B))
-        read_Bk1 = (columns_BN[:, self.columns] - int(self.shift))[..., None]
+        tokens_BL = self.tokens_BL.scatter(1, self.columns_BN, self.with_block(tokens_Bk))
+        positions_BL = torch.arange(tokens_BL.shape[1], device=tokens_BL.device).expand_as(tokens_BL)
+        hidden_BLD = self.model.hidden(tokens_BL, positions_BL, self.mask)
+        read_Bk1 = (self.columns_BN[:, self.columns] - int(self.shift))[..., None]
         logits_BkV: Tensor = self.model.head(hidden_BLD.gather(1, read_Bk1.expand(-1, -1, hidden_BLD.shape[-1])))
         return logits_BkV
 
@@ -155,7 +164,7 @@ class MaskedSamplerConfig(MaskStateSamplerConfig):
     """A whole text with masks, several tokens a forward anywhere in it, or block by block (MDLM, LLaDA, Dream)."""
 
     name: Literal["masked"] = "masked"
-    block_length: PositiveInt | None = None
+    block_size: PositiveInt | None = None
     """Reveal this many positions before the next ones (semi-autoregressive); null for the whole length at once."""
     shift: bool | None = None
     """Read token i at position i - 1; null for what the training did."""
@@ -166,13 +175,14 @@ class MaskedSamplerConfig(MaskStateSamplerConfig):
         Raises:
             ConfigError: the vocabulary has no mask id, or the model was trained for another sampler or from another source.
         """
-        source = ((trained.objective or {}).get("path") or {}).get("source") or {}
-        if source.get("name", "mask") != "mask":
+        path = (trained.objective or {}).get("path")
+        source = None if path is None else path.get("source", {}).get("name")
+        if path is not None and source != "mask":
             raise ConfigError(
                 "the model was trained with noise that is no mask",
                 where="sampler",
-                found=f"{self.name} on a model with the source {source['name']}",
+                found=f"{self.name} on a model with the path {path['name']}" + (f", source {source}" if source else ""),
                 fix="use --sampler discrete_flow",
             )
         states = self.states(trained, objectives=frozenset({"masked", "discrete_flow"}))
-        return Masked(states, block_length=self.block_length, seed=trained.seed, shift=shifted(self.shift, trained))
+        return Masked(states, block_size=self.block_size, seed=trained.seed, shift=shifted(self.shift, trained))

@@ -48,16 +48,14 @@ class Resample(Sampler):
         *,
         offsets: TargetOffsets,
         rotary_positions: str,
-        stop_ids: Sequence[int],
-        mask_id: int | None,
-        seed: int,
+        trained: Trained,
     ) -> None:
         self.config = config
         self.offsets = offsets
         self.rotary_positions = rotary_positions
-        self.stop_ids = torch.tensor(tuple(stop_ids), dtype=torch.int64)
-        self.mask_id = mask_id
-        self.seed = seed
+        self.stop_ids = torch.tensor(tuple(trained.stop_ids), dtype=torch.int64)
+        self.ids = trained.ids
+        self.seed = trained.seed
 
     @torch.inference_mode()
     def generate(self, model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[Generation]:
@@ -174,8 +172,11 @@ class _Rollout:
         return tokens_B
 
     def _allowed(self, logits_BV: Tensor) -> Tensor:
-        if self.sampler.mask_id is not None:
-            logits_BV[:, self.sampler.mask_id] = -torch.inf
+        """Without the rows that a model may have beyond the vocabulary, and never the mask."""
+        ids = self.sampler.ids
+        logits_BV = logits_BV[:, : ids.vocab_size]
+        if ids.mask is not None:
+            logits_BV[:, ids.mask] = -torch.inf
         return logits_BV
 
     def _uniforms_at(self, purpose: str, places_B: Tensor) -> Tensor:
@@ -286,7 +287,5 @@ class ResampleSamplerConfig(SamplerConfig):
             self,
             offsets=TargetOffsets(objective["window"]),
             rotary_positions=objective["rotary_positions"],
-            stop_ids=trained.stop_ids,
-            mask_id=trained.ids.mask,
-            seed=trained.seed,
+            trained=trained,
         )

@@ -106,6 +106,22 @@ class RunHandle:
             spool_artifact(self._files, path, folder=folder)
             self._deliver()
 
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Sets tags of the run if the server is there; they are no part of what a later sync sends."""
+        record = self.record
+        if record is None or record.run_id is None:
+            return
+        try:
+            client = server.connect(record.uri)
+            for key, value in tags.items():
+                client.set_tag(record.run_id, key, value[:_MAX_TAG_CHARS])
+        except Exception as error:  # MLflow lets errors of many libraries through
+            _log.warning("MLflow is away (%s); tags are not set: %s", server.short_reason(error), ", ".join(tags))
+
+    def send(self) -> bool:
+        """Sends what was logged since the last call; False if MLflow is away."""
+        return self._deliver()
+
     def finish(self, status: EndStatus) -> bool:
         """Ends the run with all that workers left unsent; False if MLflow has to be synced later.
 
@@ -167,9 +183,18 @@ def start_run(
         record = replace(known, uri=target.uri, status=RUNNING, end_time_ms=None)
     else:
         record = _new_record(config, target, files=files, params=params, datasets=datasets, tags=tags or {})
+    return open_run(files, record)
+
+
+def open_run(files: RunFiles, record: RunRecord) -> RunHandle:
+    """Opens the MLflow run that a record describes.
+
+    Raises:
+        TrackingError: the server refuses.
+    """
     save_record(record, path=files.path(RUN_RECORD))
     _greet(files)
-    return handle
+    return RunHandle(files)
 
 
 def _new_record(

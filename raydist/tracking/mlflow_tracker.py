@@ -22,7 +22,9 @@ _LONGEST_WAIT_S = 60.0
 _log = get_logger(__name__)
 
 
-def open_tracker(run_dir: str, *, attempt: int | None = None, system_metrics: bool = True) -> Tracker:
+def open_tracker(
+    run_dir: str, *, attempt: int | None = None, system_metrics: bool = True, mirrored: bool = True
+) -> Tracker:
     """The tracker of rank 0; the other ranks log nothing.
 
     MLflow is fed if the driver left ``mlflow.json`` (:func:`raydist.tracking.mlflow_runs.start_run`) in the run
@@ -32,8 +34,10 @@ def open_tracker(run_dir: str, *, attempt: int | None = None, system_metrics: bo
         run_dir: local or remote.
         attempt: which start of the run this is; by default one more than the last in ``metrics.jsonl``.
         system_metrics: adds ``system/...`` (CPU and memory of this machine and process) to the records.
+        mirrored: False leaves MLflow to another process.
     """
-    return RunTracker(RunFiles(run_dir), attempt=attempt, sampler=SystemSampler() if system_metrics else None)
+    sampler = SystemSampler() if system_metrics else None
+    return RunTracker(RunFiles(run_dir), attempt=attempt, sampler=sampler, mirrored=mirrored)
 
 
 class RunTracker:
@@ -43,14 +47,22 @@ class RunTracker:
         files: of the run.
         attempt: number of this attempt, or None for the next.
         sampler: source of ``system/...`` metrics, or None.
+        mirrored: False leaves MLflow to another process.
     """
 
-    def __init__(self, files: RunFiles, *, attempt: int | None = None, sampler: SystemSampler | None = None) -> None:
+    def __init__(
+        self,
+        files: RunFiles,
+        *,
+        attempt: int | None = None,
+        sampler: SystemSampler | None = None,
+        mirrored: bool = True,
+    ) -> None:
         self._files = files
         self._jsonl = jsonl.JsonlTracker(files.path(jsonl.FILE_NAME), attempt=attempt)
         self._sampler = sampler
         self._disk_failed = False
-        self._mirrored = os.path.exists(files.path(RUN_RECORD))
+        self._mirrored = mirrored and os.path.exists(files.path(RUN_RECORD))
         mirror = Mirror(files, tags={"raydist.attempt": str(self._jsonl.attempt)}) if self._mirrored else None
         self._sender = Sender(files, mirror)
 

@@ -31,7 +31,7 @@ def conduct(recipe: Recipe, *, resume: bool, attempts: RunAttempts) -> tuple[str
     Raises:
         RaydistError: a mistake of the user's; the MLflow run is then marked as failed.
     """
-    datasets = _dataset_inputs(recipe)
+    datasets = dataset_inputs(recipe)
     run_dir = prepare_run_dir(recipe, resume=resume)
     handle = _open_mlflow_run(recipe, run_dir, datasets=datasets, is_new=not resume)
     try:
@@ -57,7 +57,7 @@ def _open_mlflow_run(recipe: Recipe, run_dir: str, *, datasets: list[DatasetInpu
         raise
 
 
-def _dataset_inputs(recipe: Recipe) -> list[DatasetInput]:
+def dataset_inputs(recipe: Recipe) -> list[DatasetInput]:
     """Reads the manifests, which also refuses a missing dataset before anything is written."""
     data = recipe.config.data
     return [_input(part, context="train") for part in data.train] + [

@@ -38,3 +38,7 @@ class Hook:
 
     def on_checkpoint(self, step: int) -> None:
         """After a checkpoint was handed over for writing."""
+
+    def wants_stop(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """After a validation; True ends the run at this step on all ranks. May take its time: all ranks wait."""
+        return False

@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from raydist.checkpoint.checkpointer import Checkpointer
 from raydist.config.schema import RunConfig
-from raydist.core.dist import Workers
+from raydist.core.dist import Workers, max_over_ranks
 from raydist.core.errors import NonFiniteError
 from raydist.tracking.base import Tracker
 from raydist.training.batches import StepBatch
@@ -69,9 +71,12 @@ class TrainLoop:
         self.guard = NonFiniteGuard.create(workers.device)
         self.clock = _Clock()
         self.last_logged = 0
+        self.stopped_at: int | None = None
 
     def run(self, batches: Iterator[StepBatch], *, start_step: int) -> dict[str, float]:
         """Trains on ``batches``, the first of which is step ``start_step``, to the end; returns the last metrics.
+
+        Ends earlier, with :attr:`stopped_at` set, where a hook asks for it.
 
         Raises:
             NonFiniteError: on every rank alike; the weights are those before the bad step.
@@ -95,6 +100,9 @@ class TrainLoop:
                 meters=self.meters,
             )
             latest.update(self._after_step(step + 1, learning_rate))
+            if self._validates(step + 1) and self._stop_agreed(step + 1, latest):
+                self.stopped_at = step + 1
+                break
         return latest
 
     def _after_step(self, done: int, learning_rate: float) -> dict[str, float]:
@@ -106,7 +114,7 @@ class TrainLoop:
         if is_last or saves or done % training.log_every_steps == 0:
             metrics.update(self._read_meters(done, learning_rate))
         paused_at = time.perf_counter()
-        if training.validate_every_steps and (is_last or done % training.validate_every_steps == 0):
+        if self._validates(done):
             metrics.update(self.validate())
         if metrics:
             self._log(done, metrics)
@@ -114,6 +122,20 @@ class TrainLoop:
             self._save(done)
         self.clock.exclude(paused_at)
         return metrics
+
+    def _validates(self, done: int) -> bool:
+        training = self.config.training
+        every = training.validate_every_steps
+        return every is not None and (done == training.num_steps or done % every == 0)
+
+    def _stop_agreed(self, done: int, metrics: Mapping[str, float]) -> bool:
+        """Rank 0's hooks decide; the others learn of it, so that none waits in a collective for ever."""
+        paused_at = time.perf_counter()
+        wanted = self.workers.is_first and any([hook.wants_stop(done, metrics) for hook in self.hooks])
+        flag = torch.tensor(float(wanted), device=self.workers.device)
+        agreed = bool(max_over_ranks(flag) > 0)
+        self.clock.exclude(paused_at)
+        return agreed
 
     def _read_meters(self, done: int, learning_rate: float) -> dict[str, float]:
         num_steps, self.last_logged = done - self.last_logged, done
@@ -145,8 +167,9 @@ class TrainLoop:
         """Loss on the same rows with the same noise each time, whatever the world size."""
         if self.parts.validation is None:
             return {}
-        batches = [self.parts.validation.batch(index) for index in range(self.config.training.validation_batches)]
-        metrics = evaluate(self.parts.model, self.parts.objective, batches, device=self.workers.device)
+        validation = self.parts.validation
+        batches = [validation.batch(index) for index in range(self.config.training.validation_batches)]
+        metrics = evaluate(self.parts.model, validation.objective, batches, device=self.workers.device)
         return {f"validation/{name}": value for name, value in metrics.items()}
 
     def _log(self, done: int, metrics: Mapping[str, float]) -> None:

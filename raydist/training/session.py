@@ -30,23 +30,36 @@ class Outcome:
     Attributes:
         step: optimizer steps done.
         metrics: the last logged values.
+        stopped: a hook ended the run before its last step.
     """
 
     step: int
     metrics: dict[str, float]
+    stopped: bool = False
 
 
-def run_attempt(recipe: Recipe, *, run_dir: str, hooks: Sequence[Hook] = ()) -> Outcome:
+def run_attempt(recipe: Recipe, *, run_dir: str, hooks: Sequence[Hook] = (), driver_tracks: bool = False) -> Outcome:
     """Trains from the newest complete checkpoint, or from the start, to the end, and exports the model.
+
+    Args:
+        recipe: the resolved recipe.
+        run_dir: prepared by :func:`raydist.training.run_dir.prepare_run_dir`.
+        hooks: called on rank 0; one that ends the run early leaves no exported model.
+        driver_tracks: the process that started the workers draws the pictures and feeds MLflow from ``metrics.jsonl``; this
+            one then needs no MLflow, whose import alone takes seconds.
 
     Raises:
         RaydistError: a mistake of the user's, on every rank.
     """
     with process_group(timeout_s=recipe.config.scaling.collective_timeout_s) as workers:
         parts = assemble(recipe.config, workers)
-        tracker = _open_tracker(recipe, run_dir, workers)
+        tracker = _open_tracker(recipe, run_dir, workers, mirrored=not driver_tracks)
         try:
-            return _train(recipe, run_dir, parts, workers, tracker, hooks)
+            outcome = _train(recipe, run_dir, parts, workers, tracker, hooks)
+            if tracker is not None and not driver_tracks:
+                tracker.flush()
+                log_results(tracker, recipe, run_dir=run_dir)
+            return outcome
         finally:
             if tracker is not None:
                 tracker.close()
@@ -72,17 +85,16 @@ def _train(
             metrics = loop.run(iter(loader), start_step=start_step)
         finally:
             loader.close()
+    if loop.stopped_at is not None:
+        return Outcome(step=loop.stopped_at, metrics=metrics, stopped=True)
     export_model(recipe, parts, run_dir=run_dir, workers=workers, step=config.training.num_steps)
-    if tracker is not None:
-        tracker.flush()
-        log_results(tracker, recipe, run_dir=run_dir)
     return Outcome(step=config.training.num_steps, metrics=metrics)
 
 
-def _open_tracker(recipe: Recipe, run_dir: str, workers: Workers) -> Tracker | None:
+def _open_tracker(recipe: Recipe, run_dir: str, workers: Workers, *, mirrored: bool) -> Tracker | None:
     if not workers.is_first:
         return None
-    return open_tracker(run_dir, system_metrics=recipe.config.tracking.system_metrics)
+    return open_tracker(run_dir, system_metrics=recipe.config.tracking.system_metrics, mirrored=mirrored)
 
 
 def _facts(recipe: Recipe, parts: Assembly, workers: Workers, *, start_step: int) -> RunFacts:

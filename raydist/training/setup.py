@@ -11,12 +11,15 @@ from data_loaders.loader import Loader
 from data_loaders.mixture import Mixture
 from raydist.config.schema import RunConfig
 from raydist.core.dist import Workers
+from raydist.core.errors import ConfigError
 from raydist.core.rows import Rows
+from raydist.core.token_ids import TokenIds
 from raydist.fsdp_utils.materialize import materialize
 from raydist.fsdp_utils.mesh import make_mesh
 from raydist.models.attention import AttentionBackend
 from raydist.models.decoder import Decoder
 from raydist.objectives.base import Objective
+from raydist.sampling.base import Trained
 from raydist.training.batches import StepBatch, step_batch_maker
 from raydist.training.data import TrainingData, open_data
 from raydist.training.host_memory import keep_freed_memory
@@ -28,9 +31,16 @@ _VALIDATION_SEED = 0x5EED
 
 
 class ValidationBatches:
-    """The same batches at every validation: rows in the order of the dataset, noise keyed by row."""
+    """The same batches at every validation: rows in the order of the dataset, noise keyed by row.
 
-    def __init__(self, loader: Loader[StepBatch], make: Callable[[Rows], StepBatch], *, batch_rows: int) -> None:
+    Attributes:
+        objective: what made them, and what turns their terms into metrics.
+    """
+
+    def __init__(
+        self, loader: Loader[StepBatch], make: Callable[[Rows], StepBatch], *, objective: Objective, batch_rows: int
+    ) -> None:
+        self.objective = objective
         self._loader = loader
         self._make = make
         self._batch_rows = batch_rows
@@ -69,6 +79,7 @@ def assemble(config: RunConfig, workers: Workers) -> Assembly:
             torch.set_num_threads(training.num_threads)
     data = open_data(config.data, seed=config.seed)
     objective = config.objective.build(data.ids)
+    _require_sampler(config, data)
     model_config = decoder_config(config.model, data=data, seq_len=config.data.seq_len, needs=objective.needs)
     model = materialize(
         model_config,
@@ -87,7 +98,7 @@ def assemble(config: RunConfig, workers: Workers) -> Assembly:
         optimizer=GuardedAdamW(model.named_parameters(), training.optimizer),
         objective=objective,
         data=data,
-        validation=_validation(config, data.validation, objective, workers),
+        validation=_validation(config, data.validation, validation_objective(config, objective, ids=data.ids), workers),
     )
 
 
@@ -120,7 +131,38 @@ def _validation(
         mixture, batch_rows=training.batch_rows, rank=workers.rank, world_size=workers.world_size
     )
     make = step_batch_maker(objective, noise_seed=_VALIDATION_SEED, microbatch_rows=training.microbatch_rows)
-    return ValidationBatches(loader, make, batch_rows=training.batch_rows)
+    return ValidationBatches(loader, make, objective=objective, batch_rows=training.batch_rows)
+
+
+def validation_objective(config: RunConfig, objective: Objective, *, ids: TokenIds) -> Objective:
+    """What validation measures.
+
+    Raises:
+        ConfigError: it needs inputs or heads that the model is trained without.
+    """
+    if config.training.validation_objective is None:
+        return objective
+    other: Objective = config.training.validation_objective.build(ids)
+    for name in ("time", "extra_heads", "input_features"):
+        trained, needed = getattr(objective.needs, name), getattr(other.needs, name)
+        if trained != needed:
+            raise ConfigError(
+                "the model is trained without what this objective needs",
+                where="training.validation_objective",
+                found=f"{name}: {needed}",
+                expected=f"{trained}, as the objective {config.objective.name} has it",
+                fix="validate by the same kind of objective as it trains, with other settings",
+            )
+    return other
+
+
+def _require_sampler(config: RunConfig, data: TrainingData) -> None:
+    """A sampler that does not fit the model would otherwise be refused after the last step."""
+    sampling = config.sampling
+    if sampling.prompts or "sampler" in sampling.model_fields_set:
+        objective = config.objective.model_dump(mode="json")
+        tokenizer = data.train.datasets[0].tokenizer
+        sampling.sampler.build(Trained(ids=data.ids, objective=objective, tokenizer=lambda: tokenizer().byte_level()))
 
 
 def _attention(config: RunConfig, workers: Workers) -> AttentionBackend:

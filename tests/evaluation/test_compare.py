@@ -41,4 +41,4 @@ def test_labels_name_what_was_set():
     assert sampler_label(config) == "set_block, block_size 16, gamma 0.6, proxy margin"
     config = set_block(block_size=8, unmasking={"name": "top_k", "k": 2, "proxy": "entropy"})
     assert sampler_label(config) == "set_block, block_size 8, top_k k 2 proxy entropy"
-    assert sampler_label(SAMPLERS.parse({"name": "masked", "block_length": 4})) == "masked, gamma 0.35, block_length 4"
+    assert sampler_label(SAMPLERS.parse({"name": "masked", "block_size": 4})) == "masked, block_size 4, gamma 0.35"

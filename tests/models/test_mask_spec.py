@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raydist.models.mask_spec import (
+    BlockCausalMask,
     BlockDiffusionMask,
     CachedBlockMask,
     CachedMask,
@@ -141,6 +142,17 @@ def test_block_diffusion_dense_equals_loops(k, rows):
     expected = torch.stack([brute_block_diffusion(15, k, d) for d in docs])[:, None]
     assert torch.equal(spec.dense(), expected)
     assert torch.equal(joined_parts(spec), expected)
+
+
+@pytest.mark.parametrize(("length", "k"), [(15, 4), (15, 1), (5, 7), (130, 4), (200, 70)])
+@pytest.mark.parametrize("rows", [None, ROWS])
+def test_block_causal_is_the_clean_half_of_block_diffusion(length, k, rows):
+    docs = None if rows is None else documents([[*row, length] for row in rows])[:, :length]
+    spec = BlockCausalMask(length=length, block_size=k, documents_BL=docs)
+    doubled = BlockDiffusionMask(length=length, block_size=k, documents_BL=docs).dense()
+    assert torch.equal(spec.dense(), doubled[..., :length, :length])
+    assert torch.equal(joined_parts(spec), spec.dense())
+    assert spec.num_allowed_pairs() == BlockCausalMask(length=length, block_size=k).dense().sum()
 
 
 @pytest.mark.parametrize(("num_finished", "num_current"), [(5, 0), (0, 4), (3, 3), (4, 2)])

@@ -48,6 +48,21 @@ def test_01_optimal_alignments_have_the_levenshtein_number_of_edits(pairs):
         assert sum(a != b for a, b in zip(z0, z1, strict=True)) == distance(x0, x1)
 
 
+def test_01_long_sequences_too():
+    """Many diagonals, so that the table is worked in several windows."""
+    rng = np.random.default_rng(2)
+    starts, datas = ([rng.integers(0, 3, rng.integers(40, 90)).tolist() for _ in range(12)] for _ in range(2))
+    for z0, z1, x0, x1 in zip(*aligned_lists(starts, datas, kind="optimal"), starts, datas, strict=True):
+        assert sum(a != b for a, b in zip(z0, z1, strict=True)) == distance(x0, x1)
+        assert [token for token in z0 if token != BLANK] == x0
+        assert [token for token in z1 if token != BLANK] == x1
+
+
+def test_an_empty_start_needs_no_dynamic_program(monkeypatch):
+    monkeypatch.setattr("raydist.objectives.alignment.optimal_columns", None)
+    assert aligned_lists([[], []], [[1, 2], [3]], kind="optimal") == ([[BLANK] * 2] * 2, [[1, 2], [3, BLANK]])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=40, deadline=None)
 @given(pairs=st.lists(st.tuples(sequences, sequences), min_size=1, max_size=5))

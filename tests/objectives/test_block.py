@@ -9,10 +9,9 @@ import torch
 from raydist.config.registries import OBJECTIVES
 from raydist.core.errors import ConfigError
 from raydist.core.token_ids import TokenIds
-from raydist.models.mask_spec import BlockDiffusionMask
+from raydist.models.mask_spec import BlockCausalMask, BlockDiffusionMask
 from raydist.objectives.block import BlockConfig
 from raydist.objectives.next_token import NextTokenConfig
-from raydist.sampling.block import BlockCausalMask
 from tests.objectives.masked_cases import (
     IDS,
     LENGTH,

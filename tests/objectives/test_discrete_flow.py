@@ -239,6 +239,25 @@ def test_shift_reads_the_position_before_and_spares_the_first_of_each_document(p
     assert torch.equal(plain_term.targets_T, rows.tokens_BS[:, :-1].flatten())
 
 
+@pytest.mark.parametrize("path", [MASK_SOURCE, UNIFORM_SOURCE, METRIC], ids=["mask", "uniform", "metric"])
+@pytest.mark.parametrize("loss", ["ce", "elbo"])
+def test_rows_in_which_nothing_is_generated_cost_nothing(path, loss):
+    """Prompts alone, and, with a shifted reading, documents of one token: no position carries loss, no gradient is NaN."""
+    if path is METRIC and loss == "elbo":
+        return
+    prompts = random_rows(3, loss_mask=torch.zeros(3, LENGTH + 1, dtype=torch.bool))
+    single = random_rows(3, documents=torch.arange(LENGTH + 1, dtype=torch.int32).expand(3, -1).contiguous())
+    for rows, shift in ((prompts, False), (single, True)):
+        objective, noised = corrupted(rows, path, loss=loss, shift=shift)
+        assert torch.equal(noised.inputs["tokens_BL"], rows.tokens_BS[:, :-1])
+        assert noised.counts["targets"] == 0
+        decoder = tiny_decoder(time_input=objective.needs.time)
+        loss_terms = objective.combine(decoder(**noised.inputs, terms=objective.terms(noised)))
+        assert loss_terms.sums["targets"].item() == 0.0
+        loss_terms.sums["targets"].backward()
+        assert all((parameter.grad == 0).all() for parameter in decoder.parameters() if parameter.grad is not None)
+
+
 def test_documents_do_not_see_each_other():
     documents = torch.zeros(1, LENGTH + 1, dtype=torch.int32)
     documents[:, 6:] = 1

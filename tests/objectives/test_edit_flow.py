@@ -21,7 +21,7 @@ from raydist.objectives.packing import pack
 from raydist.paths.schedules import PolynomialSchedule
 
 IDS = TokenIds(vocab_size=12, bos=8, eos=9, mask=11, pad=10)
-NOTHING_GIVEN = {"condition_power": 1e9, "condition_drop": 0.0}
+NOTHING_GIVEN = {"condition_power": 1e9, "condition_dropout": 0.0}
 CUBIC = PolynomialSchedule(power=3.0)
 
 
@@ -199,6 +199,32 @@ def test_a_sequence_does_not_depend_on_the_batch():
         for text in texts_of(corrupted(rows.narrow(row, row + 1), **fields)[1], 2 if row == 1 else 1)
     ]
     assert sorted(texts_of(together, 5)) == sorted(alone)
+    parts = [corrupted(rows.narrow(row, row + 1), **fields)[1] for row in range(4)]
+    assert together.counts["targets"] == sum(part.counts["targets"] for part in parts)
+    for name in ("rates/weights_T", "rates/counts_TK", "insert/weights_T", "substitute/targets_T"):
+        whole, pieces = together.targets[name], torch.cat([part.targets[name] for part in parts])
+        assert torch.equal(whole.flatten().sort().values, pieces.flatten().sort().values)
+
+
+def test_a_start_of_previous_tokens_without_any():
+    """Where nothing is given there are no previous tokens; the source falls back to its uniform law."""
+    rows = random_rows(2)
+    fields = {"noise_length": 3, "source": {"name": "previous"}, "time": at_time(0.0), "alignment": "replace"}
+    _, noised = corrupted(rows, **fields, **NOTHING_GIVEN)
+    assert [len(text) for text in texts_of(noised, 2)] == [4, 4]
+    loss_mask = torch.ones(2, 21, dtype=torch.bool)
+    loss_mask[:, :2] = False
+    rows = rows_of([[0] * 2 + [5] * 19, [1] * 2 + [5] * 19], loss_mask=loss_mask)
+    _, noised = corrupted(rows, **fields, **NOTHING_GIVEN)
+    assert sorted(texts_of(noised, 2)) == [[8, *[0] * 5], [8, *[1] * 5]]
+
+
+def test_spreading_flips_at_the_first_moment_have_finite_weights():
+    """r_t underflows to 0 there, and no column has flipped."""
+    steep = {"name": "polynomial", "power": 20.0}
+    _, noised = corrupted(random_rows(3), spread_rate=50.0, schedule=steep, time=at_time(0.0))
+    assert all(torch.isfinite(value).all() for value in noised.targets.values())
+    assert noised.targets["rates/counts_TK"].sum() > 0
 
 
 def test_documents_are_sequences_of_their_own_and_own_begin_tokens_are_not_doubled():
@@ -214,19 +240,19 @@ def test_the_loss_mask_and_the_prefix_are_given():
     loss_mask = torch.ones(50, 21, dtype=torch.bool)
     loss_mask[:, 5:8] = False
     rows = random_rows(50, loss_mask=loss_mask)
-    _, noised = corrupted(rows, time=at_time(0.0), condition_power=1e9, condition_drop=0.0)
+    _, noised = corrupted(rows, time=at_time(0.0), condition_power=1e9, condition_dropout=0.0)
     for text in texts_of(noised, 50):
         assert any(text == [8, *row[5:8]] for row in rows.tokens_BS.tolist())
     assert noised.counts["targets"] == 50 * 17
     assert set(noised.inputs["features"]["context"].flatten().tolist()) == {0, 1, 2}
-    _, dropped = corrupted(rows, time=at_time(0.0), condition_drop=1.0)
+    _, dropped = corrupted(rows, time=at_time(0.0), condition_dropout=1.0)
     assert all(text == [8] for text in texts_of(dropped, 50))
 
 
 @pytest.mark.parametrize("condition", ["prefix", "ends"])
 def test_the_given_part_is_the_beginning_or_both_ends(condition):
     rows = rows_of([[*range(8), 0]] * 400)
-    _, noised = corrupted(rows, time=at_time(0.0), condition=condition, condition_drop=0.0)
+    _, noised = corrupted(rows, time=at_time(0.0), condition=condition, condition_dropout=0.0)
     seen = set()
     for text in texts_of(noised, 400):
         given = text[1:]
@@ -312,6 +338,22 @@ def test_09_effective_rate_counts_the_origins_that_reach_a_neighbour():
             if not flipped[j]:
                 beside = sum((j > 0 and on[i][j - 1]) or (j + 1 < columns and on[i][j + 1]) for i in range(columns))
                 assert flips.neighbours_SN[row, j] == beside
+
+
+def test_09_columns_flip_at_the_effective_rate():
+    """d P(flipped) / dt, from the law of the flips shortly before and after, is the mean rate of the columns that are left."""
+    num, rate, time, h = 40_000, 4.0, 0.5, 0.02
+    uniforms = torch.rand(num, 9, 3, generator=torch.Generator().manual_seed(5))
+
+    def flips_at(t):
+        origins = torch.ones(num, 9, dtype=torch.bool)
+        times = torch.full((num, 1), t)
+        return localised_flips(uniforms, time_S1=times, schedule=CUBIC, spread_rate=rate, origins_SN=origins)
+
+    slope = (flips_at(time + h).flipped_SN.double() - flips_at(time - h).flipped_SN.double()).mean(dim=0) / (2 * h)
+    now = flips_at(time)
+    left = (CUBIC.jump_rate(torch.tensor(time)) + rate * now.neighbours_SN) * ~now.flipped_SN
+    torch.testing.assert_close(left.double().mean(dim=0), slope, rtol=0.05, atol=0)
 
 
 def _poisson_plain(u, mean):

@@ -8,14 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raydist.core.edit_model import CLOSED, FREE, OPEN
 from raydist.core.terms import CrossEntropyTerm, PoissonTerm
 from raydist.models.heads import evaluate_terms
 from raydist.objectives.alignment import BLANK, Aligned, align
 from raydist.objectives.edit_targets import (
-    CLOSED,
-    FREE,
     NO_EDIT,
-    OPEN,
     Example,
     compact,
     context_feature,

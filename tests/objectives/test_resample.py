@@ -159,6 +159,16 @@ def test_windows_stay_inside_documents_and_off_fixed_tokens():
     assert torch.equal(targets.sort().values, expected)
 
 
+def test_a_padding_token_that_ends_texts_may_move():
+    """Many tokenizers pad with the end-of-text token, and the sampler asks what comes before it."""
+    ids = TokenIds(vocab_size=VOCAB_SIZE, bos=BOS, eos=PAD, mask=MASK_ID, pad=PAD)
+    rows = random_rows(100, most=MASK_ID)
+    objective = ResampleConfig(row_probability=1.0, window_probability=0.8).build(ids)
+    moved = objective.order(rows, rng_of(rows)) != torch.arange(NUM_TOKENS)
+    assert moved[rows.tokens_BS == PAD].any()
+    assert not moved[rows.tokens_BS == BOS].any()
+
+
 def test_shares_of_targets_follow_the_two_probabilities():
     """A window of 2 opens per 1 + s tokens of a permuted row: q s / (1 + s) targets are previous tokens."""
     rows = random_rows(4000)

@@ -66,6 +66,20 @@ def test_loss_equals_the_paper_written_plainly():
     assert (share.total / share.count).item() == pytest.approx(is_mask.sum().item() / (3 * LENGTH))
 
 
+def test_the_masked_weight_weighs_sum_and_count_but_no_metric():
+    rows = random_rows(3)
+    plain, plain_noised = corrupted(rows)
+    weighed, noised = corrupted(rows, masked_weight=0.25)
+    decoder = tiny_decoder()
+    before = plain.combine(decoder(**plain_noised.inputs, terms=plain.terms(plain_noised)))
+    after = weighed.combine(decoder(**noised.inputs, terms=weighed.terms(noised)))
+    ntp, matp = before.metrics["loss/ntp"], before.metrics["loss/matp"]
+    assert noised.counts["targets"] == (ntp.count + 0.25 * matp.count).item()
+    assert after.sums["targets"].item() == pytest.approx((ntp.total + 0.25 * matp.total).item(), rel=1e-6)
+    for name in ("loss/ntp", "loss/matp"):
+        assert after.metrics[name].total.item() == pytest.approx(before.metrics[name].total.item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("block_size", [1, 2, 5, 16])
 def test_01_clean_half_is_the_plain_causal_model(block_size):
     rows = random_rows(2)

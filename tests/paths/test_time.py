@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from raydist.config.base import validated
+from raydist.config.registries import SCHEDULES
 from raydist.core.errors import ConfigError
 from raydist.core.rng import RowRng
 from raydist.paths.time import TimeSampling
@@ -117,6 +118,27 @@ def test_clipping_and_purposes(kind):
     )
 
 
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.5, 1.0), (0.0, 1e-9)])
+def test_the_ends_are_never_drawn(low, high, monkeypatch):
+    """Rates are infinite at t = 1 and may be at t = 0; float32 would round the largest draws to 1, and the least is 0."""
+    ends = torch.tensor([[0.0], [1 - 2.0**-24]])
+    monkeypatch.setattr(RowRng, "uniform", lambda self, purpose, num_positions: ends)
+    times = sampling("uniform", low=low, high=high).per_row(rng(2))
+    assert times.min() > 0
+    assert low <= times.min()
+    assert times.max() < high
+
+
 def test_an_empty_range_is_refused():
     with pytest.raises(ConfigError, match="is not below"):
         validated(TimeSampling, {"low": 0.5, "high": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("schedule", "high", "covered"),
+    [("linear", 0.99, True), ("linear", 0.98, False), ("polynomial", 0.99, False), ("polynomial", 0.999, True)],
+)
+def test_a_range_covers_the_noise_levels_of_its_schedule(schedule, high, covered):
+    """What is left out is a share of noise levels, not of times: kappa = t^2 is at 0.98 when t = 0.99."""
+    assert TimeSampling(high=high).covers(SCHEDULES.parse(schedule)) is covered
+    assert not TimeSampling(low=0.5, high=high).covers(SCHEDULES.parse(schedule))

@@ -126,3 +126,21 @@ def test_empty_and_overlong_prompts_are_refused():
         sampler_of().generate(decoder, [[1] * 61], max_new_tokens=4)
     assert len(sampler_of().generate(decoder, [[1] * 60], max_new_tokens=4)[0].tokens) == 4
     assert sampler_of().generate(decoder, [], max_new_tokens=4) == []
+
+
+def test_ids_that_only_pad_the_tables_are_never_drawn():
+    decoder = tiny_decoder()
+    with torch.no_grad():
+        decoder.head.weight[9:] = 100.0 * decoder.norm.weight.new_ones(decoder.config.width)
+    config = SAMPLERS.parse({"name": "autoregressive", "temperature": 1.0})
+    sampler = config.build(trained(mask_id=None, vocab_size=9))
+    for generation in sampler.generate(decoder, [[1], [2]], max_new_tokens=20):
+        assert max(generation.tokens) < 9
+
+
+@pytest.mark.parametrize("name", ["masked", "block", "discrete_flow", "edit_flow", "resample"])
+@pytest.mark.parametrize("sampler", ["autoregressive", "byte_level"])
+def test_models_that_predict_no_next_token_are_refused(sampler, name):
+    with pytest.raises(ConfigError, match="another sampler") as caught:
+        SAMPLERS.parse(sampler).build(trained(objective={"name": name}))
+    assert name in caught.value.fix

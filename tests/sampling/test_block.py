@@ -8,7 +8,6 @@ import torch
 from raydist.config.registries import SAMPLERS
 from raydist.core.errors import ConfigError
 from raydist.models.mask_spec import BlockDiffusionMask
-from raydist.sampling.block import BlockCausalMask
 from raydist.sampling.unmasking.entropy_bounded import EntropyBounded
 from tests.sampling.decoders import MASK_ID, Recorder, check_stopped, tiny_decoder, trained
 from tests.sampling.oracle import OracleDecoder, agrees, conditional, empirical_law, marginal, random_law
@@ -156,19 +155,6 @@ def test_a_stop_id_ends_a_row_once_everything_before_it_is_known(gamma):
         stopped = sampler_of(stop_ids=[stop], **fields).generate(decoder, PROMPTS, max_new_tokens=15)
         num_stopped += check_stopped(free, stopped, stop=stop)
     assert num_stopped > 4
-
-
-@pytest.mark.parametrize(("length", "block_size"), [(8, 4), (9, 4), (5, 1), (3, 7), (130, 4), (200, 70)])
-def test_the_mask_of_the_prompt_is_the_clean_half_of_training(length, block_size):
-    mask = BlockCausalMask(length=length, block_size=block_size)
-    doubled = BlockDiffusionMask(length=length, block_size=block_size).dense()
-    assert torch.equal(mask.dense(), doubled[..., :length, :length])
-    assert mask.num_allowed_pairs() == mask.dense().sum()
-    from_parts = torch.zeros(1, 1, length, length, dtype=torch.bool)
-    for part in mask.parts(device=torch.device("cpu"), dtype=torch.float32):
-        (keys,) = part.keys
-        from_parts[..., part.queries, keys] = part.bias == 0
-    assert torch.equal(from_parts, mask.dense())
 
 
 def test_block_size_and_shift_are_those_of_the_training():

@@ -59,7 +59,7 @@ def test_only_wanted_positions_of_wanted_rows_are_drawn(shift):
     wanted_BL[2, 3] = True
     uniforms_BL = torch.rand(tokens_BL.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     reader = Denoiser(
-        model=decoder, canvas=one, null_BL=tokens_BL, guidance=1.0, shift=shift, vocab_size=12, mask_id=MASK_ID
+        model=decoder, canvas=one, null_BL=tokens_BL, guidance=0.0, shift=shift, vocab_size=12, mask_id=MASK_ID
     )
     drawn_BL = reader.draw(tokens_BL, wanted_BL=wanted_BL, uniforms_BL=uniforms_BL, time=0.5, temperature=1.0)
     logits_BLV = decoder.logits(tokens_BL, one.positions(), one.mask(torch.arange(3)))[..., :MASK_ID]

@@ -1,5 +1,5 @@
 """Discrete Flow Matching. Numbers in test names are those of the invariants of arXiv 2407.15595 in our reference sheet;
-those with a G prefix are of arXiv 2412.03487, those with a CFG prefix of arXiv 2311.13443.
+those with a G prefix are of arXiv 2412.03487, those with a CFG prefix of arXiv 2311.13443, whose w is ours plus 1.
 """
 
 import itertools
@@ -280,8 +280,6 @@ def test_infilling_draws_the_conditional_law():
     generations = sampler.infill(oracle, [[2]] * num_draws, [[1]] * num_draws, num_new_tokens=1)
     counts = empirical_law([generation.tokens for generation in generations], (3,))
     assert not too_unlikely(*chi_square(counts, marginal(conditional(law, {0: 2, 2: 1}), 1)))
-    generations = sampler.infill(oracle, [()] * num_draws, [[1]] * num_draws, num_new_tokens=2)
-    counts = empirical_law([generation.tokens for generation in generations], (3, 3))
     fine = sampler.config.model_copy(update={"num_steps": 200}).build(sampler.trained)
     generations = fine.infill(oracle, [()] * num_draws, [[1]] * num_draws, num_new_tokens=2)
     counts = empirical_law([generation.tokens for generation in generations], (3, 3))
@@ -308,8 +306,28 @@ def test_a_schedule_chosen_after_training_is_told_in_trained_time():
     schedule = PATHS.parse(chosen).schedule
     expected = [float(schedule.value(torch.tensor(i / 60, dtype=torch.float64))) ** (1 / 3) for i in range(60)]
     assert oracle.times == pytest.approx(expected, abs=1e-6)
-    with pytest.raises(ConfigError, match="trained with another path"):
-        oracle_and_sampler(law, UNIFORM_SOURCE, path=METRIC)
+
+
+def test_a_path_given_after_training_must_be_the_trained_one(tmp_path):
+    """But for the schedule, how steps are counted, where a file lies, and the coupling, which is of training alone."""
+    law = random_law((3, 3), seed=11)
+    for other in (METRIC, UNIFORM_SOURCE | {"coupling": {"name": "prefix"}}):
+        with pytest.raises(ConfigError, match="trained with another path") as error:
+            oracle_and_sampler(law, MASK_SOURCE, path=other)
+        assert "coupling" not in error.value.found
+    three_way = {"schedule": {"name": "cosine"}, "flux_rule": "uniform"}
+    weights = [tmp_path / "here.json", tmp_path / "there.json"]
+    for file in weights:
+        file.write_text("[1, 2, 3]")
+    here, there = ({"name": "mixture", "source": {"name": "given", "path": str(file)}} for file in weights)
+    for trained_path, chosen in (
+        (MASK_SOURCE, MASK_SOURCE | {"step_rule": "euler", "coupling": {"name": "prefix"}}),
+        (METRIC, EULER_METRIC | {"beta": {}}),
+        (THREE_WAY, THREE_WAY | three_way),
+        (here, there),
+    ):
+        _, sampler = oracle_and_sampler(law, trained_path, path=chosen)
+        assert (sampler.clock.trained_schedule is not None) == (chosen["name"] == "three_way")
 
 
 @pytest.mark.parametrize(("grid", "expected"), [("uniform", 0.25), ("power", 0.0625), ("kappa", 0.25 ** (1 / 3))])
@@ -317,7 +335,7 @@ def test_time_grids(grid, expected):
     law = random_law((3,), seed=12)
     path = {**UNIFORM_SOURCE, "schedule": {"name": "polynomial", "power": 3}}
     _, sampler = oracle_and_sampler(law, path, num_steps=4, time_grid=grid)
-    times = sampler.clock.grid(grid, power=2.0, num_steps=4)
+    times = sampler.times
     assert times[0] == 0.0
     assert times[-1] == 1.0
     assert times[1] == pytest.approx(expected, abs=1e-9)
@@ -325,9 +343,9 @@ def test_time_grids(grid, expected):
 
 
 def test_kappa_grid_needs_a_schedule():
-    _, sampler = oracle_and_sampler(random_law((3,), seed=12), METRIC, time_grid="kappa")
+    """Refused when the sampler is built, not when it runs."""
     with pytest.raises(ConfigError, match="equal shares"):
-        sampler.clock.grid("kappa", power=1.0, num_steps=4)
+        oracle_and_sampler(random_law((3,), seed=12), METRIC, time_grid="kappa")
 
 
 def tiny_sampler(trained_path, *, stop_ids=(), objective=None, seed=0, **fields):
@@ -337,7 +355,7 @@ def tiny_sampler(trained_path, *, stop_ids=(), objective=None, seed=0, **fields)
 
 
 @pytest.mark.parametrize("config", [MASK_SOURCE, UNIFORM_SOURCE], ids=["mask", "uniform"])
-@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
 def test_a_prompt_does_not_feel_its_batch(config, guidance):
     decoder = tiny_decoder()
     sampler = tiny_sampler(config, num_steps=6, guidance=guidance, stop_ids=[0, 2], corrector={"strength": 1.0})
@@ -372,7 +390,8 @@ class Branches(torch.nn.Module):
         return hidden.clone()
 
 
-def test_CFG1_CFG2_CFG3_guidance():
+def test_CFG1_CFG2_CFG7_guidance():
+    """``conditional^(1 + w) unconditional^(-w)``: w = 0 is one forward, equal laws stay, any other w has the product's law."""
     generator = torch.Generator().manual_seed(0)
     conditional_V = torch.randn(12, generator=generator, dtype=torch.float64)
     unconditional_V = torch.randn(12, generator=generator, dtype=torch.float64)
@@ -385,17 +404,24 @@ def test_CFG1_CFG2_CFG3_guidance():
         )
         return [generation.tokens for generation in generations], model.num_calls, generations[0].num_forwards
 
-    tokens, calls, counted = run(1.0, conditional_V, unconditional_V)
-    assert calls == counted == 1
-    assert tokens == run(1.0, conditional_V, torch.zeros(12).double())[0]
     tokens, calls, counted = run(0.0, conditional_V, unconditional_V)
     assert calls == counted == 1
-    assert tokens == run(1.0, unconditional_V, conditional_V)[0]
-    assert run(3.0, conditional_V, conditional_V)[0] == run(1.0, conditional_V, unconditional_V)[0]
-    tokens, calls, counted = run(2.5, conditional_V, unconditional_V)
-    assert calls == counted == 2
-    expected = torch.softmax((2.5 * conditional_V - 1.5 * unconditional_V)[:MASK_ID], dim=0)
-    assert not too_unlikely(*chi_square(empirical_law(tokens, (MASK_ID,)), expected))
+    assert tokens == run(0.0, conditional_V, torch.zeros(12).double())[0]
+    assert run(2.0, conditional_V, conditional_V)[0] == tokens
+    for w in (1.5, -0.5):
+        tokens, calls, counted = run(w, conditional_V, unconditional_V)
+        assert calls == counted == 2
+        expected = torch.softmax(((1 + w) * conditional_V - w * unconditional_V)[:MASK_ID], dim=0)
+        assert not too_unlikely(*chi_square(empirical_law(tokens, (MASK_ID,)), expected))
+
+
+def test_guidance_is_the_key_of_edit_flow():
+    """Off by default, and in the same range."""
+    ours, theirs = (SAMPLERS.classes()[name].model_fields["guidance"] for name in ("discrete_flow", "edit_flow"))
+    assert ours.default == theirs.default == 0.0
+    assert ours.metadata == theirs.metadata
+    with pytest.raises(ConfigError, match="greater than -1"):
+        SAMPLERS.parse({"name": "discrete_flow", "guidance": -1.0})
 
 
 def test_temperature():

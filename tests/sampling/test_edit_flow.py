@@ -20,8 +20,7 @@ from raydist.models.init import initialize
 from raydist.paths.schedules import PolynomialSchedule
 from raydist.sampling.base import Trained
 from raydist.sampling.edit_flow import EditFlowSamplerConfig
-from raydist.sampling.edit_proposal import event_probability
-from raydist.sampling.edit_rates import EditHeads, Guidance, edit_rates, token_logits
+from raydist.sampling.edit_rates import EditHeads, Guidance, edit_rates, event_probability, token_logits
 from raydist.sampling.edit_state import EditState
 from tests.sampling.oracle import chi_square
 
@@ -334,6 +333,32 @@ def test_a_prompt_does_not_depend_on_the_batch(rule):
     assert together == alone
     assert together[0].num_forwards == 2 * (6 + 4)
     assert len({tuple(g.tokens) for g in together}) == 3
+    assert {at % 2 for generation in together for at in generation.revealed_at} == {0}
+
+
+def test_a_gap_does_not_depend_on_the_batch():
+    """Texts that are equal but for the place of their gap are different keys of the noise."""
+    model, objective = tiny_model()
+    sampler = sampler_of(objective, num_steps=4)
+    gaps = [([A, B], []), ([A], [B]), ([], [A, B])]
+    together = sampler.infill(model, *map(list, zip(*gaps, strict=True)), num_new_tokens=8)
+    assert together == [sampler.infill(model, [first], [last], num_new_tokens=8)[0] for first, last in gaps]
+
+
+def test_logits_are_read_in_chunks(monkeypatch):
+    model, objective = tiny_model()
+    sampler = sampler_of(objective, num_steps=4, guidance=0.5, guidance_rule="weighted")
+    whole = sampler.generate(model, [[A], [B]], max_new_tokens=10)
+    monkeypatch.setattr("raydist.sampling.edit_rates._CHUNK_LOGITS", 10)
+    sizes = []
+    head_logits = model.head_logits
+    monkeypatch.setattr(
+        model,
+        "head_logits",
+        lambda hidden, head: sizes.append(hidden.shape[0]) or head_logits(hidden, head),
+    )
+    assert sampler.generate(model, [[A], [B]], max_new_tokens=10) == whole
+    assert max(sizes) == 2
 
 
 @pytest.mark.parametrize("condition", ["prefix", "ends"])
@@ -383,9 +408,9 @@ def test_guidance_joins_the_two_models_as_documented():
     plain = edit_rates(model, state, time=0.4, heads=heads, guidance=Guidance(0.0, "naive", 9.0))
     alone = edit_rates(model, state.without_given(), time=0.4, heads=heads, guidance=Guidance(0.0, "naive", 9.0))
     w = 0.7
-    chosen = torch.tensor([[False, False, True, True, False, False]])
+    chosen = torch.tensor([0, 0]), torch.tensor([2, 3])
     lm_c = torch.log_softmax(token_logits(model, plain, chosen, head="lm", guidance=Guidance(0.0, "naive", 9.0)), -1)
-    chosen_alone = torch.tensor([[True, True, False, False, False, False]])
+    chosen_alone = torch.tensor([0, 0]), torch.tensor([0, 1])
     lm_u = torch.log_softmax(
         token_logits(model, alone, chosen_alone, head="lm", guidance=Guidance(0.0, "naive", 9.0)), -1
     )
@@ -416,6 +441,33 @@ def test_stop_ids_cut_the_text_and_special_tokens_are_never_drawn():
         assert generation.stopped == (EOS in generation.tokens)
         assert len(generation.revealed_at) == len(generation.tokens)
     assert any(generation.stopped for generation in generations)
+    gaps = sampler_of({**EMPTY, "condition": "ends"}, num_steps=8, stop_ids=(EOS,)).infill(
+        TabularModel(specials), [[A]] * 30, [[B]] * 30, num_new_tokens=12
+    )
+    assert any(EOS in gap.tokens[:-1] for gap in gaps)
+    assert not any(gap.stopped for gap in gaps)
+
+
+def test_rows_beyond_the_vocabulary_are_never_drawn():
+    def beyond(text, place, time):
+        logits = [0.0, 0.0, 0.0, 0.0, 9.0]
+        return [1.0, NEVER, NEVER], logits, logits
+
+    ids = TokenIds(vocab_size=4, bos=BOS, eos=EOS, mask=None, pad=None)
+    sampler = EditFlowSamplerConfig(num_steps=8).build(Trained(ids=ids, objective=EMPTY))
+    generations = sampler.generate(TabularModel(beyond), [[A]] * 30, max_new_tokens=12)
+    assert {token for generation in generations for token in generation.tokens} == {A, B, EOS}
+
+
+def test_a_start_of_previous_tokens_comes_from_both_sides():
+    def still(text, place, time):
+        return [NEVER] * 3, logits_of(0.5), logits_of(0.5)
+
+    objective = {**NOISY, "noise_length": 8, "source": {"name": "previous"}, "condition": "ends"}
+    generations = sampler_of(objective, num_steps=1).infill(
+        TabularModel(still), [[A], [BOS, A], []], [[B], [A], [B]], num_new_tokens=8
+    )
+    assert [set(generation.tokens) for generation in generations] == [{A, B}, {A}, {B}]
 
 
 def test_what_is_left_of_a_start_of_masks_is_not_returned():
@@ -446,6 +498,12 @@ def test_correction_reaches_beyond_the_step_and_never_beyond_the_end():
     sampler = sampler_of(objective, num_steps=4, correction_scale=60.0)
     (generation,) = sampler.generate(model, [[A]], max_new_tokens=6)
     assert generation.num_forwards == 4 + 2
+    for num_steps in range(1, 30):  # the last step has nowhere to overshoot to, wherever the grid starts
+        sampler = sampler_of(
+            objective, num_steps=num_steps, correction_scale=1.0, correction_power=0, correction_remaining_power=0
+        )
+        (generation,) = sampler.revise(model, [[A]], [[B]], max_new_tokens=2, start_time=0.1)
+        assert generation.num_forwards == 2 * num_steps - 1
 
 
 def test_users_mistakes_are_named():

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raydist.sampling.edit_state import CLOSED, FREE, OPEN, EditProposal, EditState, apply_edits
+from raydist.core.edit_model import CLOSED, FREE, OPEN
+from raydist.sampling.edit_state import EditProposal, EditState, apply_edits
 
 BEGIN = 9
 

@@ -82,7 +82,7 @@ def test_samplers_continue_what_was_learned(set_block_decoder, settings, most_fo
 @pytest.mark.parametrize(
     ("objective", "sampler", "num_steps"),
     [
-        ({"name": "masked", "weighting": "none"}, {"name": "masked", "block_length": 4}, 450),
+        ({"name": "masked", "weighting": "none"}, {"name": "masked", "block_size": 4}, 450),
         ({"name": "block", "block_size": 4}, {"name": "block"}, 150),
     ],
     ids=["masked", "block"],

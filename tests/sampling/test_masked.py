@@ -11,6 +11,7 @@ import torch
 from raydist.config.registries import SAMPLERS
 from raydist.core.errors import ConfigError
 from raydist.models.mask_spec import FullMask
+from raydist.sampling import mask_state
 from raydist.sampling.unmasking.entropy_bounded import EntropyBounded
 from tests.sampling.decoders import MASK_ID, check_stopped, tiny_decoder, trained
 from tests.sampling.oracle import (
@@ -68,12 +69,12 @@ def oracle_samples(law, *, num=1000, shift=False, **fields):
     return counts, sum(generation.num_forwards for generation in generations) / num
 
 
-def greedy(decoder, prefix, suffix, *, num_new_tokens, policy, block_length, shift):
+def greedy(decoder, prefix, suffix, *, num_new_tokens, policy, block_size, shift):
     """The algorithm for one text, written plainly. Returns the gap's tokens and the forwards that revealed them."""
     text, when = [*prefix, *[MASK_ID] * num_new_tokens, *suffix], [0] * num_new_tokens
     forward, start = 0, len(prefix)
-    for first in range(0, num_new_tokens, block_length or num_new_tokens):
-        window = range(start + first, start + min(first + (block_length or num_new_tokens), num_new_tokens))
+    for first in range(0, num_new_tokens, block_size or num_new_tokens):
+        window = range(start + first, start + min(first + (block_size or num_new_tokens), num_new_tokens))
         while any(text[i] == MASK_ID for i in window):
             forward += 1
             logits = decoder.logits(torch.tensor([text]), torch.arange(len(text))[None], FullMask(length=len(text)))
@@ -87,12 +88,12 @@ def greedy(decoder, prefix, suffix, *, num_new_tokens, policy, block_length, shi
 
 
 @pytest.mark.parametrize("shift", [False, True])
-@pytest.mark.parametrize(("block_length", "gamma", "proxy"), [(None, 2.0, "entropy"), (4, 1.0, "confidence")])
-def test_the_batch_equals_the_algorithm_for_one_text(shift, block_length, gamma, proxy):
+@pytest.mark.parametrize(("block_size", "gamma", "proxy"), [(None, 2.0, "entropy"), (4, 1.0, "confidence")])
+def test_the_batch_equals_the_algorithm_for_one_text(shift, block_size, gamma, proxy):
     decoder = tiny_decoder()
-    sampler = sampler_of(unmasking=bounded(gamma, proxy), block_length=block_length, shift=shift)
+    sampler = sampler_of(unmasking=bounded(gamma, proxy), block_size=block_size, shift=shift)
     policy = EntropyBounded(gamma=gamma, proxy=proxy)
-    settings = {"policy": policy, "block_length": block_length, "shift": shift}
+    settings = {"policy": policy, "block_size": block_size, "shift": shift}
     generations = sampler.generate(decoder, PROMPTS, max_new_tokens=10)
     assert sum(generation.num_forwards for generation in generations) < 40
     for prompt, generation in zip(PROMPTS, generations, strict=True):
@@ -107,10 +108,10 @@ def test_the_batch_equals_the_algorithm_for_one_text(shift, block_length, gamma,
 
 
 @pytest.mark.parametrize("unmasking", POLICIES, ids=name_of)
-@pytest.mark.parametrize(("temperature", "block_length"), [(0.0, None), (1.3, 5)])
-def test_a_prompt_does_not_feel_its_batch_and_no_mask_stays(unmasking, temperature, block_length):
+@pytest.mark.parametrize(("temperature", "block_size"), [(0.0, None), (1.3, 5)])
+def test_a_prompt_does_not_feel_its_batch_and_no_mask_stays(unmasking, temperature, block_size):
     decoder = tiny_decoder()
-    sampler = sampler_of(unmasking=unmasking, temperature=temperature, block_length=block_length, stop_ids=[0, 2])
+    sampler = sampler_of(unmasking=unmasking, temperature=temperature, block_size=block_size, stop_ids=[0, 2])
     together = sampler.generate(decoder, PROMPTS, max_new_tokens=12)
     assert together == [sampler.generate(decoder, [prompt], max_new_tokens=12)[0] for prompt in PROMPTS]
     assert together[::-1] == sampler.generate(decoder, PROMPTS[::-1], max_new_tokens=12)
@@ -119,11 +120,11 @@ def test_a_prompt_does_not_feel_its_batch_and_no_mask_stays(unmasking, temperatu
         assert all(1 <= forward <= generation.num_forwards for forward in generation.revealed_at)
 
 
-@pytest.mark.parametrize("block_length", [None, 2])
+@pytest.mark.parametrize("block_size", [None, 2])
 @pytest.mark.parametrize("unmasking", ONE_AT_A_TIME, ids=name_of)
-def test_one_token_a_forward_samples_the_exact_law(unmasking, block_length):
+def test_one_token_a_forward_samples_the_exact_law(unmasking, block_size):
     law = random_law((2, 2, 2), seed=3, sharpness=2.5)
-    counts, num_forwards = oracle_samples(law, unmasking=unmasking, block_length=block_length)
+    counts, num_forwards = oracle_samples(law, unmasking=unmasking, block_size=block_size)
     assert agrees(counts, law)
     assert num_forwards == 3
 
@@ -138,7 +139,7 @@ def test_blocks_of_one_token_are_autoregressive_decoding_for_an_oracle():
     law = random_law((2, 2, 2, 2), seed=4)
     oracle = OracleDecoder(law)
     prompts = [[oracle.bos]] * 50
-    one = sampler_of(mask_id=oracle.mask_id, block_length=1, temperature=1.0)
+    one = sampler_of(mask_id=oracle.mask_id, block_size=1, temperature=1.0)
     plain = SAMPLERS.parse({"name": "autoregressive", "temperature": 1.0}).build(trained(mask_id=oracle.mask_id))
     tokens = [generation.tokens for generation in one.generate(oracle, prompts, max_new_tokens=4)]
     assert tokens == [generation.tokens for generation in plain.generate(oracle, prompts, max_new_tokens=4)]
@@ -228,10 +229,10 @@ def test_eb_10_temperature_zero_ignores_the_seed():
     assert hot[0] != hot[1]
 
 
-@pytest.mark.parametrize("block_length", [None, 5])
+@pytest.mark.parametrize("block_size", [None, 5])
 @pytest.mark.parametrize("gamma", [0.0, 2.0])
-def test_a_stop_id_ends_a_row_once_everything_before_it_is_known(gamma, block_length):
-    decoder, fields = tiny_decoder(), {"unmasking": bounded(gamma), "block_length": block_length}
+def test_a_stop_id_ends_a_row_once_everything_before_it_is_known(gamma, block_size):
+    decoder, fields = tiny_decoder(), {"unmasking": bounded(gamma), "block_size": block_size}
     free = sampler_of(**fields).generate(decoder, PROMPTS, max_new_tokens=15)
     num_stopped = 0
     for stop in range(MASK_ID):
@@ -247,6 +248,35 @@ def test_a_stop_id_inside_a_gap_is_a_token_like_others():
     assert [len(generation.tokens) for generation in stopping] == [6] * 4
 
 
+def test_rows_of_the_head_beyond_the_vocabulary_are_never_drawn():
+    """A base model may have more embedding rows than its tokenizer has tokens."""
+    config = SAMPLERS.parse({"name": "masked", "temperature": 5.0, "unmasking": {"name": "top_k", "k": 4}})
+    sampler = config.build(trained(vocab_size=5, mask_id=4))
+    generations = sampler.generate(tiny_decoder(), [[1]] * 20, max_new_tokens=12)
+    assert {token for generation in generations for token in generation.tokens} == {0, 1, 2, 3}
+
+
+def test_a_forward_renders_no_mask_and_draws_no_token_that_it_does_not_need(monkeypatch):
+    """The mask of a block is made once; only revealed positions are drawn."""
+    decoder, masks, num_drawn = tiny_decoder(), [], []
+    plain_hidden, plain_draw = decoder.hidden, mask_state.draw_tokens
+
+    def hidden(tokens_BL, positions_BL, mask):
+        masks.append(mask)
+        return plain_hidden(tokens_BL, positions_BL, mask)
+
+    def draw(logits, **settings):
+        num_drawn.append(logits.shape[:-1].numel())
+        return plain_draw(logits, **settings)
+
+    monkeypatch.setattr(decoder, "hidden", hidden)
+    monkeypatch.setattr(mask_state, "draw_tokens", draw)
+    sampler = sampler_of(unmasking={"name": "top_k", "k": 2}, block_size=6, temperature=1.0)
+    sampler.generate(decoder, PROMPTS, max_new_tokens=12)
+    assert (len(masks), len({id(mask) for mask in masks})) == (6, 2)
+    assert num_drawn == [2 * len(PROMPTS)] * 6
+
+
 def test_nothing_to_do():
     assert sampler_of().generate(tiny_decoder(), [], max_new_tokens=3) == []
 
@@ -260,13 +290,16 @@ def test_the_shift_is_that_of_the_training():
 def test_mistakes_are_refused_with_a_fix():
     with pytest.raises(ConfigError, match="mask id missing"):
         sampler_of(mask_id=None)
+    with pytest.raises(ConfigError, match="finite number"):
+        sampler_of(temperature=math.inf)
     with pytest.raises(ConfigError, match="trained for another sampler") as caught:
         sampler_of(objective={"name": "set_block"})
     assert caught.value.fix == "use --sampler set_block"
     flow = {"name": "discrete_flow", "path": {"name": "mixture", "source": {"name": "mask"}}}
     assert sampler_of(objective=flow)
-    with pytest.raises(ConfigError, match="noise that is no mask"):
-        sampler_of(objective={**flow, "path": {"name": "mixture", "source": {"name": "uniform"}}})
+    for path in ({"name": "mixture", "source": {"name": "uniform"}}, {"name": "metric"}):
+        with pytest.raises(ConfigError, match="noise that is no mask"):
+            sampler_of(objective={**flow, "path": path})
     with pytest.raises(ConfigError, match="a gap at the start"):
         sampler_of(shift=True).infill(tiny_decoder(), [[]], [[1]], num_new_tokens=2)
     with pytest.raises(ConfigError, match="longer than the model's positions"):

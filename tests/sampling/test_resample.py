@@ -363,6 +363,15 @@ def test_mask_token_is_never_drawn():
     assert not any(MASK_ID in text for text in tokens)
 
 
+def test_rows_beyond_the_vocabulary_are_never_drawn():
+    """A decoder of 12 rows for a vocabulary of 6, its mask among them."""
+    settings = {"temperature": 1.0, "previous": "sampled", "confidence_threshold": 0.0}
+    config = SAMPLERS.parse({"name": "resample", **settings})
+    sampler = config.build(trained(mask_id=5, vocab_size=6, objective=objective()))
+    generations = sampler.generate(decoder_with_table(), [[1]] * 20, max_new_tokens=20)
+    assert {token for generation in generations for token in generation.tokens} == set(range(5))
+
+
 @pytest.mark.parametrize("trained_for", [None, {"name": "next_token"}])
 def test_a_model_without_previous_token_prediction_is_refused(trained_for):
     with pytest.raises(ConfigError, match="cannot predict previous tokens"):

@@ -9,7 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as HfTokenizer
+from tokenizers import pre_tokenizers
+from tokenizers.models import BPE as BPEModel
 
+from data_loaders.byte_level_bpe import ByteLevelBpe, byte_characters
 from data_loaders.tokenizer import Tokenizer
 from data_loaders.tokenizer_sources import byte_tokenizer
 from raydist.core.errors import ConfigError
@@ -153,6 +157,21 @@ def test_sequences_that_their_own_text_does_not_give_are_reachable():
     assert segmentation.encode("x  𐎀".encode())[:3] == [x, space, space]
     assert not segmentation.is_whole(segmentation.tail_of([x, space, space]))
     assert segmentation.is_whole(segmentation.tail_of([x, two]))
+
+
+def test_a_split_that_depends_on_the_letter_behind_an_apostrophe_is_seen():
+    """GPT-2's pattern keeps 'll whole and cuts 'lx; with a token "'l" both cuts of "'l" occur."""
+    characters = byte_characters()
+    vocabulary = {character: byte for byte, character in enumerate(characters)} | {"'l": 256}
+    inner = HfTokenizer(BPEModel(vocab=vocabulary, merges=[("'", "l")]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    segmentation = Segmentation(ByteLevelBpe(inner.to_str().encode()))
+    a, apostrophe, letter, both = (segmentation.vocabulary.strings.index(text) for text in (b"a", b"'", b"l", b"'l"))
+    assert segmentation.encode(b"a'll") == [a, both, letter]
+    assert segmentation.encode(b"a'lx")[:3] == [a, apostrophe, letter]
+    after_a = segmentation.tail_of([a])
+    assert segmentation.can_follow(after_a, [both, apostrophe]).all()
+    assert segmentation.can_follow(segmentation.extend(after_a, apostrophe), [letter]).all()
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from raydist.cli.main import main
 from raydist.checkpoint.layout import newest_complete
+from raydist.cli.main import main
 from raydist.config.load import Recipe, load_recipe
 from raydist.config.registries import OBJECTIVES, SAMPLERS
 from raydist.core.dist import process_group

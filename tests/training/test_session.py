@@ -128,3 +128,12 @@ def test_a_run_goes_on_from_exported_weights(dataset: str, tmp_path: Path) -> No
     before = read_curve(f"{first}/metrics.jsonl")["loss"]
     after = read_curve(f"{second}/metrics.jsonl")["loss"]
     assert after[0][1] < before[0][1] - 0.5  # the same rows and noise, better weights
+
+
+def test_a_sampler_that_does_not_fit_is_refused_before_the_first_step(dataset: str, tmp_path: Path) -> None:
+    changes = {"objective": "{name: masked}", "sampling.sampler": "{name: set_block}", "sampling.prompts": "[a]"}
+    recipe = recipe_of(dataset, tmp_path, **changes)
+    run_dir = prepare_run_dir(recipe, resume=False)
+    with pytest.raises(ConfigError, match="another sampler"):
+        run_attempt(recipe, run_dir=run_dir)
+    assert newest_complete(run_dir) is None

@@ -6,6 +6,7 @@ import unicodedata
 from functools import lru_cache
 
 _AFTER_DIGIT = ("", "a", "0", "00")
+_AFTER_APOSTROPHE_LETTER = ("", "l", "e")  # 'll, 're, 've
 _AFTER_SPACE = ("", "a", "0", ".", " ", "\n")
 _NUM_CANDIDATES = 4096
 
@@ -24,13 +25,16 @@ def continuations(text: str, unfinished: bytes) -> tuple[str, ...]:
     """Short texts that may follow, enough of them that a pre-tokenizer shows every split it has for ``text``.
 
     An unfinished character is finished in each general category that it can have (letter, mark, number, ...). Behind a
-    white space or a digit, where the patterns in use look ahead (``\\s+(?!\\S)``, groups of digits), one of each kind that
-    they tell apart follows. Elsewhere the splits up to the end of ``text`` do not depend on what follows.
+    white space, a digit or an apostrophe's letter, where the patterns in use look ahead (``\\s+(?!\\S)``, groups of
+    digits, ``'ll``), one of each kind that they tell apart follows. Elsewhere the splits up to the end of ``text`` do not
+    depend on what follows.
     """
     if unfinished:
         return _completions(unfinished)
     if text and text[-1].isspace():
         return _AFTER_SPACE
+    if text[-2:-1] == "'" and text[-1].isalpha():
+        return _AFTER_APOSTROPHE_LETTER
     return _AFTER_DIGIT if text and text[-1].isnumeric() else ("",)
 
 
