@@ -26,7 +26,7 @@ SAMPLERS: dict[str, list[list[str]]] = {
     "next_token": [["autoregressive"], ["byte_level"]],
     "set_block": [["set_block", "block_size=8"]],
     "block": [["block"]],
-    "masked": [["masked", "block_size=32"]],
+    "masked": [["masked", "block_size=8", "temperature=0.7"]],
     "discrete_flow": [["discrete_flow", "num_steps=64", "temperature=0.5"]],
     "resample": [["resample", "confidence_threshold=0.5"]],
     "edit_flow": [["edit_flow", "num_steps=128", "temperature=0.5"]],
