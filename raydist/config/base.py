@@ -151,6 +151,9 @@ def _explain(cls: type[BaseModel], error: ValidationError, prefix: str) -> Confi
     inner = first.get("ctx", {}).get("error")
     if isinstance(inner, _InnerError):
         return inner.error.moved_to(_joined(key, inner.error.where or ""))
+    if first["type"] == "model_type" and isinstance(first["input"], StrictModel):
+        name = getattr(first["input"], "name", type(first["input"]).__name__)
+        return ConfigError("this choice does not fit here" + more, where=key or None, found=name, fix="choose another")
     message = first["msg"].removeprefix("Value error, ")
     found = None if isinstance(first["input"], dict | BaseModel) else repr(first["input"])[:_MAX_FOUND_CHARS]
     return ConfigError("a value does not fit" + more, where=key or None, found=found, expected=message)

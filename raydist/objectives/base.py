@@ -25,7 +25,6 @@ class Needs:
     Attributes:
         sequence_factor: model positions per clean token (2 where clean and noised copies stand side by side).
         bidirectional: True where attention is not causal.
-        mask_token: True where the vocabulary must hold a mask id.
         time: True where the model takes a time input, ``time_BL``.
         extra_heads: name -> outputs of heads beside ``"lm"``; 0 stands for the vocabulary.
         input_features: name -> number of values of tables whose rows are added to the token embeddings; such a feature is
@@ -34,7 +33,6 @@ class Needs:
 
     sequence_factor: int = 1
     bidirectional: bool = False
-    mask_token: bool = False
     time: bool = False
     extra_heads: Mapping[str, int] = field(default_factory=dict)
     input_features: Mapping[str, int] = field(default_factory=dict)

@@ -47,7 +47,7 @@ class Block(MaskedPrediction):
     prompts (tokens that the loss mask excludes) are never masked.
     """
 
-    needs = Needs(sequence_factor=2, bidirectional=True, mask_token=True)
+    needs = Needs(sequence_factor=2, bidirectional=True)
 
     def __init__(self, config: BlockConfig, *, mask_id: int) -> None:
         whole_range = config.mask_rate_min <= _NEARLY_NO_MASKS and config.mask_rate_max == 1.0

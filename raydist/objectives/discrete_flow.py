@@ -73,7 +73,6 @@ class DiscreteFlow(Objective):
         self.path = path
         self.needs = Needs(
             bidirectional=True,
-            mask_token=path.absorbing_id is not None,
             time=path.absorbing_id is None if config.time_input is None else config.time_input,
         )
 

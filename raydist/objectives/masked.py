@@ -44,7 +44,7 @@ class Masked(MaskedPrediction):
     document of its own without loss.
     """
 
-    needs = Needs(bidirectional=True, mask_token=True)
+    needs = Needs(bidirectional=True)
 
     def __init__(self, config: MaskedConfig, *, mask_id: int) -> None:
         super().__init__(

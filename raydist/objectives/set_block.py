@@ -43,7 +43,7 @@ class SetBlock(Objective):
     by the document boundary.
     """
 
-    needs = Needs(sequence_factor=2, bidirectional=True, mask_token=True)
+    needs = Needs(sequence_factor=2, bidirectional=True)
 
     def __init__(self, *, mask_id: int, block_size_min: int, block_size_max: int, masked_weight: float = 1.0) -> None:
         self.mask_id = mask_id

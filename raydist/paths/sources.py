@@ -118,6 +118,8 @@ class ContextLaw(SourceLaw):
 
     def __init__(self, *, sorted_BL: Tensor, counts_B1: Tensor, otherwise: SourceLaw) -> None:
         self.vocab_size = otherwise.vocab_size
+        if sorted_BL.shape[1] == 0:  # nothing is given in any row, but something must be there to be gathered
+            sorted_BL = sorted_BL.new_full((sorted_BL.shape[0], 1), otherwise.vocab_size)
         self._sorted_BL = sorted_BL
         self._counts_B1 = counts_B1
         self._otherwise = otherwise

@@ -205,3 +205,27 @@ def test_absolute_paths_for_other_processes(tmp_path: Path, recipe_path: str, mo
     assert (absolute.model.init_from, absolute.output_dir) == (f"{tmp_path}/hf", f"{tmp_path}/out")
     assert absolute.objective == config.objective
     assert absolute.data.cache_dir is None
+
+
+@pytest.mark.parametrize(
+    ("override", "where", "hint"),
+    [
+        ("objective.schedule={name: polynomial, powr: 2}", "objective.schedule.powr", "'power'"),
+        ("objective.schedule.name=linea", "objective.schedule.name", "'linear'"),
+        ("sampling.sampler={name: masked, unmasking: {name: topk}}", "sampling.sampler.unmasking.name", "'top_k'"),
+    ],
+)
+def test_a_choice_inside_a_choice_names_its_whole_key(override: str, where: str, hint: str) -> None:
+    recipe = Path(__file__).parents[2] / "jobs" / "recipes" / "debug_cpu" / "masked.yaml"
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(str(recipe), [override])
+    assert caught.value.where == where
+    assert hint in (caught.value.fix or "")
+
+
+def test_a_choice_that_does_not_fit_its_place() -> None:
+    recipe = Path(__file__).parents[2] / "jobs" / "recipes" / "debug_cpu" / "discrete_flow.yaml"
+    with pytest.raises(ConfigError, match="does not fit here") as caught:
+        load_recipe(str(recipe), ["objective.path={name: three_way, schedule: {name: source_kinetic_optimal}}"])
+    assert caught.value.where == "objective.path.schedule"
+    assert caught.value.found == "source_kinetic_optimal"

@@ -281,7 +281,6 @@ def test_noise_is_the_same_for_every_slicing_of_the_batch(path):
 
 
 def test_needs():
-    assert objective_of(MASK_SOURCE).needs.mask_token
     assert not objective_of(MASK_SOURCE).needs.time
     assert objective_of(MASK_SOURCE, time_input=True).needs.time
     assert objective_of(UNIFORM_SOURCE).needs.time

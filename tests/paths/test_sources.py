@@ -120,3 +120,11 @@ def test_given_refuses_pickled_arrays_and_missing_files(tmp_path):
     for name in ("objects.npy", "missing.npy"):
         with pytest.raises(ConfigError, match="cannot be read"):
             SOURCES.parse({"name": "given", "path": str(tmp_path / name)}).build(IDS)
+
+
+def test_previous_is_the_other_law_where_no_row_has_anything_given():
+    tokens = torch.zeros(2, 6, dtype=torch.int64)
+    source = SOURCES.parse("previous").build(IDS)
+    law = source.in_context(tokens, given_BL=torch.zeros(2, 6, dtype=torch.bool))
+    uniforms = torch.rand(2, 6, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(law.draw(uniforms), SOURCES.parse("uniform").build(IDS).draw(uniforms))
