@@ -45,6 +45,7 @@ bench: $(VENV)/.installed-dev  ## measure against the peers; writes benchmarks/r
 	@$(BIN)/python benchmarks/samplers.py
 	@$(BIN)/python benchmarks/alignment.py
 	@$(BIN)/python benchmarks/resample_synthetic.py
+	@$(BIN)/python benchmarks/sweep_overhead.py
 
 clean:  ## remove what the quickstart made (not .venv)
 	@rm -rf runs/quickstart runs/data build dist

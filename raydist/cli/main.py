@@ -16,6 +16,7 @@ from raydist.core.errors import RaydistError
 VERBS = {
     "data": ("raydist.cli.data", "prepare, inspect, verify or show a token dataset"),
     "train": ("raydist.cli.train", "train a recipe on an embedded or a running Ray cluster"),
+    "sweep": ("raydist.cli.sweep", "train trials of a recipe with Ray Tune, and rank them"),
     "sample": ("raydist.cli.sample", "continue prompts with a trained model, by any sampler"),
     "runs": ("raydist.cli.runs", "list and show tracked runs"),
     "artifacts": ("raydist.cli.artifacts", "list and pull a run's artifacts"),
@@ -53,11 +54,15 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
     """Like ``parse_args``, but ``key=value`` overrides may also stand behind options, where argparse gives up on them."""
     args, left = parser.parse_known_args(arguments)
-    if left and hasattr(args, "overrides") and all("=" in word and not word.startswith("-") for word in left):
+    if left and hasattr(args, "overrides") and all(_is_override(word) for word in left):
         args.overrides = [*args.overrides, *left]
     elif left:
         parser.error(f"unrecognized arguments: {' '.join(left)}")
     return args
+
+
+def _is_override(word: str) -> bool:
+    return word.startswith("+") or ("=" in word and not word.startswith("-"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from raydist.core.errors import ConfigError, DataError, NonFiniteError, ResumeEr
 from raydist.objectives.set_block import SetBlock
 from raydist.tracking.jsonl import read_curve
 from raydist.training.driver import conduct
+from raydist.training.hooks import Hook
 from raydist.training.run_dir import prepare_run_dir
 from raydist.training.session import run_attempt
 from tests.training.cases import recipe_of, recipe_values, write_dataset
@@ -137,3 +139,32 @@ def test_a_sampler_that_does_not_fit_is_refused_before_the_first_step(dataset: s
     with pytest.raises(ConfigError, match="another sampler"):
         run_attempt(recipe, run_dir=run_dir)
     assert newest_complete(run_dir) is None
+
+
+class StopAt(Hook):
+    """Asks for the end at one validation, and remembers at which it was asked."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.asked: list[int] = []
+
+    def wants_stop(self, step: int, metrics: Mapping[str, float]) -> bool:
+        assert "validation/loss" in metrics
+        self.asked.append(step)
+        return step == self.step
+
+
+def test_a_hook_ends_a_run_at_a_validation_and_it_can_go_on(dataset: str, tmp_path: Path) -> None:
+    changes = {"training.num_steps": 8, "training.validate_every_steps": 2, "checkpoint.every_steps": 2}
+    recipe = recipe_of(dataset, tmp_path, **changes)
+    run_dir = prepare_run_dir(recipe, resume=False)
+    hook = StopAt(4)
+    outcome = run_attempt(recipe, run_dir=run_dir, hooks=[hook], driver_tracks=True)
+    assert (outcome.step, outcome.stopped, hook.asked) == (4, True, [2, 4])
+    assert not (Path(run_dir) / "export").exists()
+    again = run_attempt(recipe, run_dir=run_dir, hooks=[StopAt(0)], driver_tracks=True)
+    assert (again.step, again.stopped) == (8, False)
+    assert (Path(run_dir) / "export" / "model.safetensors").exists()
+    assert not (Path(run_dir) / "pictures").exists(), "pictures are the driver's then"
+    whole = recipe_of(dataset, tmp_path / "whole", **changes)
+    assert run_attempt(whole, run_dir=prepare_run_dir(whole, resume=False)).metrics["loss"] == again.metrics["loss"]

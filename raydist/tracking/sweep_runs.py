@@ -1,0 +1,95 @@
+"""A sweep in MLflow: one parent run, and the tags that make the trials' runs its children."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from raydist.config.schema import TrackingConfig
+from raydist.core.errors import TrackingError
+from raydist.core.units import parse_bytes
+from raydist.tracking import server
+from raydist.tracking.lineage import lineage_tags, read_source
+from raydist.tracking.mlflow_runs import RunHandle, open_run, resolve_uri
+from raydist.tracking.params import flat_params
+from raydist.tracking.record import RUNNING, RunRecord
+from raydist.tracking.run_files import RunFiles
+
+PARENT_TAG = "mlflow.parentRunId"
+
+
+def start_sweep_run(
+    folder: str,
+    *,
+    name: str,
+    values: Mapping[str, Any],
+    tracking: TrackingConfig,
+    output_dir: str,
+    tags: Mapping[str, str] | None = None,
+) -> RunHandle:
+    """Opens the run of a sweep's directory, or of a trial that trains nothing, or goes on with the one it has.
+
+    Args:
+        folder: the sweep's directory.
+        name: of the run.
+        values: the resolved sweep, or what the trial varies, which becomes the run's parameters.
+        tracking: of the recipe that the trials train.
+        output_dir: where the embedded MLflow is.
+        tags: besides lineage and the configuration's own.
+
+    Raises:
+        ConfigError: the sweep holds a secret.
+        TrackingError: the address is none, or the server refuses.
+    """
+    files = RunFiles(folder)
+    handle = RunHandle(files)
+    target = resolve_uri(tracking.mlflow_uri, output_dir=output_dir, experiment=tracking.experiment)
+    params = flat_params(values)
+    if target is None:
+        return handle
+    known = handle.record
+    if known is not None:
+        return open_run(files, replace(known, uri=target.uri, status=RUNNING, end_time_ms=None))
+    record = RunRecord(
+        uri=target.uri,
+        experiment=tracking.experiment,
+        artifact_location=target.artifact_location,
+        name=name,
+        key=uuid.uuid4().hex,
+        start_time_ms=int(1000 * time.time()),
+        params=params,
+        tags={**lineage_tags(read_source()), **tracking.tags, **(tags or {}), "raydist.run_dir": folder},
+        max_artifact_bytes=parse_bytes(tracking.max_artifact, where="tracking.max_artifact"),
+    )
+    return open_run(files, record)
+
+
+def trial_tags(parent: RunHandle, *, sweep: str, trial: str) -> dict[str, str]:
+    """The tags of a trial's run."""
+    tags = {"raydist.sweep": sweep, "raydist.trial": trial}
+    return tags if parent.run_id is None else {**tags, PARENT_TAG: parent.run_id}
+
+
+def register_model(run: RunHandle, *, name: str) -> int:
+    """Registers the exported model of a run; returns the version.
+
+    Raises:
+        TrackingError: the run is not in MLflow, or the server refuses.
+    """
+    if run.uri is None or run.run_id is None:
+        raise TrackingError(
+            "a model can be registered only in MLflow",
+            where="--register",
+            found="no MLflow run" if run.uri is None else f"a run that has not reached {run.uri} yet",
+            fix="set tracking.mlflow_uri" if run.uri is None else "raydist runs sync RUN_DIR, then register again",
+        )
+    with server.explained(run.uri):
+        client = server.connect(run.uri)
+        if not client.search_registered_models(filter_string=f"name = '{name}'"):
+            client.create_registered_model(name)
+        source = f"{client.get_run(run.run_id).info.artifact_uri}/model"
+        version = client.create_model_version(name, source=source, run_id=run.run_id)
+    return int(version.version)
