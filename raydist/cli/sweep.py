@@ -6,8 +6,6 @@ import argparse
 from typing import Any
 
 from raydist.cli.output import console, next_commands, say, table
-from raydist.config.load import as_overrides, merge
-from raydist.config.sweep_space import nested
 from raydist.core.errors import ConfigError
 
 
@@ -124,6 +122,8 @@ def _sample_command(sweep: Any, parameters: dict[str, Any]) -> str:
     """``raydist sample RUN --sampler NAME key=value ...`` of a sweep over samplers."""
     import shlex
 
+    from raydist.config.load import as_overrides
+
     sampler = _nested_values(sweep, parameters)["sampling"]["sampler"]
     name = [f"--sampler {sampler['name']}"] if "name" in sampler else []
     words = as_overrides({key: value for key, value in sampler.items() if key != "name"})
@@ -133,6 +133,9 @@ def _sample_command(sweep: Any, parameters: dict[str, Any]) -> str:
 
 def _nested_values(sweep: Any, parameters: dict[str, Any]) -> dict[str, Any]:
     """What the sweep sets for all trials and for this one, beyond its budget."""
+    from raydist.config.load import merge
+    from raydist.config.sweep_space import nested
+
     values: dict[str, Any] = {}
     for key, value in {**sweep.config.overrides, **parameters}.items():
         values = merge(values, nested(key, value))
@@ -142,6 +145,8 @@ def _nested_values(sweep: Any, parameters: dict[str, Any]) -> dict[str, Any]:
 def winner_command(sweep: Any, parameters: dict[str, Any]) -> str:
     """``raydist train RECIPE key=value ...``: what the sweep set and varied, at the recipe's own number of steps."""
     import shlex
+
+    from raydist.config.load import as_overrides
 
     words = as_overrides({**_nested_values(sweep, parameters), "name": None})
     return " ".join(["raydist train", shlex.quote(sweep.recipe_path), *(shlex.quote(word) for word in words)])

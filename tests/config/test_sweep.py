@@ -533,7 +533,7 @@ def test_every_sweep_that_comes_along_is_valid(
 
 def test_the_sweeps_that_come_along() -> None:
     names = {path.stem for path in SWEEPS}
-    assert names == {"schedules_and_paths", "set_block_size", "learning_rate", "resample_window", "sampler_pareto"}
+    assert names == {"schedulers_and_paths", "set_block_size", "learning_rate", "resample_window", "sampler_pareto"}
 
 
 RECIPES = sorted((Path(__file__).parents[2] / "jobs" / "recipes" / "debug_cpu").glob("*.yaml"))

@@ -29,7 +29,8 @@ def assert_nothing_left() -> None:
     """No placement group, no actor of a trial, all CPUs free."""
     for _ in range(50):
         groups = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
-        alive = list_actors(filters=[("state", "=", "ALIVE")])
+        here = ray.get_runtime_context().gcs_address  # other clusters may run on this machine
+        alive = list_actors(address=here, filters=[("state", "=", "ALIVE")])
         actors = [actor.class_name for actor in alive if actor.class_name not in _OF_RAY_ITSELF]
         free = ray.available_resources().get("CPU", 0.0) == ray.cluster_resources()["CPU"]
         if not groups and not actors and free:
