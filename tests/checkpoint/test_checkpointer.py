@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -233,7 +234,9 @@ class FaultyFileSystem(MemoryFileSystem):
 
 
 @pytest.fixture
-def bucket() -> type[FaultyFileSystem]:
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[FaultyFileSystem]:
+    """Every test's bucket has the same name, so each gets a spool folder of its own."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     fsspec.register_implementation("faulty", FaultyFileSystem, clobber=True)
     FaultyFileSystem.store.clear()
     FaultyFileSystem.pseudo_dirs[:] = [""]
