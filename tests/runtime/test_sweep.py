@@ -25,13 +25,24 @@ RATE = "training.optimizer.learning_rate"
 _OF_RAY_ITSELF = {"_AutoscalingCoordinatorActor"}
 
 
-def assert_nothing_left() -> None:
+def alive_actors() -> dict[str, str]:
+    """Actor id -> class name."""
+    here = ray.get_runtime_context().gcs_address  # other clusters may run on this machine
+    alive = list_actors(address=here, filters=[("state", "=", "ALIVE")])
+    return {actor.actor_id: actor.class_name for actor in alive if actor.class_name not in _OF_RAY_ITSELF}
+
+
+@pytest.fixture
+def others(ray_cluster: None) -> set[str]:
+    """Actors of earlier tests on the same cluster."""
+    return set(alive_actors())
+
+
+def assert_nothing_left(*, others: set[str]) -> None:
     """No placement group, no actor of a trial, all CPUs free."""
     for _ in range(50):
         groups = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
-        here = ray.get_runtime_context().gcs_address  # other clusters may run on this machine
-        alive = list_actors(address=here, filters=[("state", "=", "ALIVE")])
-        actors = [actor.class_name for actor in alive if actor.class_name not in _OF_RAY_ITSELF]
+        actors = [name for actor, name in alive_actors().items() if actor not in others]
         free = ray.available_resources().get("CPU", 0.0) == ray.cluster_resources()["CPU"]
         if not groups and not actors and free:
             return
@@ -40,7 +51,7 @@ def assert_nothing_left() -> None:
 
 
 def test_asha_stops_the_worst_frees_their_workers_and_leaves_nothing(
-    ray_cluster: None, dataset: str, tmp_path: Path
+    others: set[str], dataset: str, tmp_path: Path
 ) -> None:
     """Six trials on room for two: the first are good, so that later ones are judged against them."""
     rates = [1e-2, 3e-3, 1e-6, 2e-6, 3e-6, 4e-6]
@@ -66,7 +77,7 @@ def test_asha_stops_the_worst_frees_their_workers_and_leaves_nothing(
         assert record.run_dir
         assert not os.path.exists(f"{record.run_dir}/export")
     assert os.path.exists(f"{outcome.best.run_dir}/export/model.safetensors")
-    assert_nothing_left()
+    assert_nothing_left(others=others)
     check_mlflow(outcome, sweep.name)
 
 
@@ -97,7 +108,7 @@ def check_mlflow(outcome: Any, name: str) -> None:
 
 
 def test_the_number_of_workers_does_not_change_a_metric_and_a_failed_trial_does_not_end_a_sweep(
-    ray_cluster: None, dataset: str, tmp_path: Path
+    others: set[str], dataset: str, tmp_path: Path
 ) -> None:
     """Equal trials on one and two workers; a third one's loss is not a number."""
     one_worker, two_workers, half = {"num_workers": 1}, {"num_workers": 2}, {"cpus_per_worker": 0.5}
@@ -117,7 +128,7 @@ def test_the_number_of_workers_does_not_change_a_metric_and_a_failed_trial_does_
         assert left == pytest.approx(right, abs=1e-5)
     assert "not a number" in outcome.failures[failed.name]
     assert outcome.records[-1].name == failed.name
-    assert_nothing_left()
+    assert_nothing_left(others=others)
     again = run_sweep(sweep, resume=True, view=Watcher())
     lines = [json.loads(line) for line in Path(again.folder.file("trials.jsonl")).read_text().splitlines()]
     begun = [line["name"] for line in lines if line["state"] == "running"]
@@ -125,7 +136,7 @@ def test_the_number_of_workers_does_not_change_a_metric_and_a_failed_trial_does_
 
 
 def test_a_sweep_that_no_node_can_hold_is_refused_with_the_numbers(
-    ray_cluster: None, dataset: str, tmp_path: Path
+    others: set[str], dataset: str, tmp_path: Path
 ) -> None:
     sweep = make_sweep(
         tmp_path, dataset, space={RATE: [1e-3]}, recipe={"scaling.cpus_per_worker": 100, "training.num_steps": 8}
