@@ -73,7 +73,11 @@ def compare_samplers(
 def sampler_label(config: SamplerConfig) -> str:
     """``set_block, block_size 16, gamma 0.35``: the sampler and those settings that say how it decodes."""
     special = ("name", "block_size", "unmasking")
-    others = [name for name in type(config).model_fields if name in config.model_fields_set and name not in special]
+    others = [
+        name
+        for name, field in type(config).model_fields.items()
+        if name not in special and getattr(config, name) != field.get_default(call_default_factory=True)
+    ]
     policy = getattr(config, "unmasking", None)
     words = [
         _setting(config, "block_size"),
