@@ -11,6 +11,7 @@ import errno
 import os
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 
 from data_loaders.manifest import Manifest, ShardEntry
 from data_loaders.shards import decompress_shard
@@ -69,6 +70,8 @@ class NodeCache:
     def fetch(self, dataset: str, *, entry: ShardEntry) -> str:
         """The local path of a plain shard, fetched and checked if it is not here yet. Pair with :meth:`release`.
 
+        Another process that needs room may evict it before it is opened; it is to be fetched again then.
+
         Raises:
             DataError: the shard is missing or damaged.
             CapacityError: the disk is full.
@@ -90,7 +93,8 @@ class NodeCache:
                     found=error.strerror,
                     fix="lower data.cache_limit, free space, or move data.cache_dir",
                 ) from None
-        os.utime(path)
+        with suppress(FileNotFoundError):
+            os.utime(path)
         return path
 
     def release(self, entry: ShardEntry) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,16 +60,23 @@ class Dataset:
             )
 
     def shard(self, index: int) -> Shard:
-        """One shard, memory-mapped. At most ``max_open_shards`` stay open; the least recently read is closed first."""
+        """One shard, memory-mapped. At most ``max_open_shards`` stay open; the least recently read is closed first.
+
+        Whoever keeps a shard longer keeps its file mapped, and the space taken after the cache has unlinked it.
+        """
         shard = self._open.get(index)
         if shard is not None:
             self._open.move_to_end(index)
             return shard
         while len(self._open) >= self.max_open_shards:
-            closed, _ = self._open.popitem(last=False)
+            closed = next(iter(self._open))
+            del self._open[closed]
             self.cache.release(self.manifest.shards[closed])
         entry = self.manifest.shards[index]
-        shard = Shard(self.cache.fetch(self.path, entry=entry), entry=entry)
+        while shard is None:
+            plain = self.cache.fetch(self.path, entry=entry)
+            with suppress(FileNotFoundError):  # another process has just evicted it
+                shard = Shard(plain, entry=entry)
         self._open[index] = shard
         return shard
 

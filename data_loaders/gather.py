@@ -1,33 +1,41 @@
 """Samples of a mixture -> token rows, read shard by shard from the memory-mapped files.
 
-Many samples are read at once, because a numpy call costs more than the few rows of one batch.
+Many samples are located at once, because a numpy call costs more than the few rows of one batch. Their rows are copied in
+chunks that fit into the CPU's cache, where the batches find them.
+
+Samples may be located over many shuffle windows; shards are opened for one window at a time. Only a
+:class:`~data_loaders.dataset.Dataset` holds open shards, never more than its window has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
+from data_loaders.dataset import Dataset
 from data_loaders.mixture import Mixture
+from data_loaders.order import RowAddresses
 from data_loaders.permutation import IntArray
-from data_loaders.shards import Shard
+from data_loaders.shards import as_items
 from raydist.core.rows import Rows
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive samples of one rank, copied out of their shards but still compact.
+    """Some consecutive samples of one rank, copied out of their shards but still compact.
 
     Attributes:
         tokens_NS: in the shards' token type.
         loss_mask_NS: loss masks, or None.
         piece_lengths_P: tokens of each piece of a document that lies in one row, over all samples in order.
-        piece_numbers_P: the piece's number in its row, int32.
+        piece_numbers_P: the piece's number in its row, int16, or int32 for rows of ``2**15`` tokens or more.
         first_pieces_N1: the first piece of each sample; the last entry is the number of pieces.
         rows_N: global row ids.
         epochs_N: how often each row was read before.
@@ -37,7 +45,7 @@ class Chunk:
     tokens_NS: npt.NDArray[Any]
     loss_mask_NS: npt.NDArray[np.bool_] | None
     piece_lengths_P: IntArray
-    piece_numbers_P: npt.NDArray[np.int32]
+    piece_numbers_P: npt.NDArray[np.signedinteger[Any]]
     first_pieces_N1: IntArray
     rows_N: IntArray
     epochs_N: IntArray
@@ -45,74 +53,183 @@ class Chunk:
 
     def batches(self, num_rows: int, *, first_step: int) -> Iterator[Rows]:
         """Batches of ``num_rows`` rows, each widened when it is taken, so that its tensors stay in the CPU's cache."""
-        for index in range(len(self.rows_N) // num_rows):
-            yield self._batch(index * num_rows, (index + 1) * num_rows, step=first_step + index)
+        num_batches = len(self.rows_N) // num_rows
+        ids = (_in_batches(ids_N, num_batches, num_rows) for ids_N in (self.rows_N, self.epochs_N, self.samples_N))
+        first_pieces = self.first_pieces_N1[: num_batches * num_rows + 1 : num_rows].tolist()
+        pieces = itertools.pairwise(first_pieces)
+        for index, (first, end), rows_B, epochs_B, samples_B in zip(range(num_batches), pieces, *ids, strict=True):
+            start, stop = index * num_rows, (index + 1) * num_rows
+            documents_T = self.piece_numbers_P[first:end].repeat(self.piece_lengths_P[first:end])
+            yield Rows(
+                step=first_step + index,
+                tokens_BS=torch.from_numpy(self.tokens_NS[start:stop].astype(np.int64)),
+                documents_BS=torch.from_numpy(documents_T.reshape(num_rows, -1)),
+                loss_mask_BS=None if self.loss_mask_NS is None else torch.from_numpy(self.loss_mask_NS[start:stop]),
+                rows_B=rows_B,
+                epochs_B=epochs_B,
+                samples_B=samples_B,
+            )
 
-    def _batch(self, start: int, stop: int, *, step: int) -> Rows:
-        pieces = slice(self.first_pieces_N1[start], self.first_pieces_N1[stop])
-        documents_T = self.piece_numbers_P[pieces].repeat(self.piece_lengths_P[pieces])
-        return Rows(
-            step=step,
-            tokens_BS=torch.from_numpy(self.tokens_NS[start:stop].astype(np.int64)),
-            documents_BS=torch.from_numpy(documents_T.reshape(stop - start, -1)),
-            loss_mask_BS=None if self.loss_mask_NS is None else torch.from_numpy(self.loss_mask_NS[start:stop]),
-            rows_B=torch.from_numpy(self.rows_N[start:stop]),
-            epochs_B=torch.from_numpy(self.epochs_N[start:stop]),
-            samples_B=torch.from_numpy(self.samples_N[start:stop]),
+
+def _in_batches(ids_N: IntArray, num_batches: int, num_rows: int) -> tuple[Tensor, ...]:
+    """One view a batch; made for all batches in one call, which costs a fraction of a call for each."""
+    return torch.from_numpy(ids_N[: num_batches * num_rows].reshape(num_batches, num_rows)).unbind()
+
+
+def gather(mixture: Mixture, samples_N: IntArray, *, chunk_rows: int, step_rows: int | None = None) -> Iterator[Chunk]:
+    """Reads samples of a mixture in order, in chunks of ``chunk_rows``; a chunk visits each shard once.
+
+    A chunk ends early where a dataset comes to its next window, so that nobody waits for that window's shards before they
+    are needed; but each ``step_rows`` rows stay together (default: those of a chunk), and may then lie in two windows.
+    """
+    datasets_N, addresses = mixture.locate(samples_N)
+    located = _Located(samples_N, datasets_N, addresses)
+    for start, stop in itertools.pairwise(_window_edges(mixture, located, step_rows=step_rows or chunk_rows)):
+        yield from _read(mixture, located[start:stop], chunk_rows=chunk_rows)
+
+
+@dataclass(frozen=True)
+class _Located:
+    """Samples, the dataset of each, and the address of its row there."""
+
+    samples_N: IntArray
+    datasets_N: IntArray
+    addresses: RowAddresses
+
+    def __getitem__(self, chosen: slice) -> _Located:
+        return _Located(self.samples_N[chosen], self.datasets_N[chosen], self.addresses[chosen])
+
+
+def _window_edges(mixture: Mixture, located: _Located, *, step_rows: int) -> list[int]:
+    """The steps that first need a window, beside the begin and the end.
+
+    A mixture's shuffle swaps neighbours: some samples of the window before may come after.
+    """
+    edges = {0, len(located.samples_N)}
+    for d, dataset in enumerate(mixture.datasets):
+        if len(dataset.manifest.shards) <= dataset.max_open_shards:
+            continue
+        chosen_N = np.flatnonzero(located.datasets_N == d)
+        newest_N = np.maximum.accumulate(located.addresses.windows_N[chosen_N])
+        edges.update((chosen_N[1:][np.diff(newest_N) > 0] // step_rows * step_rows).tolist())
+    return sorted(edges)
+
+
+def _read(mixture: Mixture, located: _Located, *, chunk_rows: int) -> Iterator[Chunk]:
+    """The chunks of samples. The first is copied while the shards are opened, since in two windows they are too many to
+    be open together; the others mostly lie in one window and find its shards open.
+    """
+    samples_N, addresses = located.samples_N, located.addresses
+    edges = [*range(0, len(samples_N), chunk_rows), len(samples_N)]
+    begins, groups = [np.arange(len(samples_N)) * (mixture.seq_len + 1)], []
+    opening = [_empty(mixture, edges[1])]
+    for dataset, shard, chosen_G in _groups(located.datasets_N, addresses.shards_N):
+        edges_in_group = np.searchsorted(chosen_G, edges).tolist()
+        group = _Group(mixture.datasets[dataset], shard, chosen_G, addresses.local_rows_N[chosen_G], edges_in_group)
+        begins.append(group.cuts(seq_len=mixture.seq_len, begins_G=begins[0][chosen_G]))
+        group.copy(0, start=0, copies=opening[0])
+        groups.append(group)
+    shape = len(samples_N), mixture.seq_len + 1
+    lengths_P, numbers_P, first_pieces_N1 = _pieces(np.sort(np.concatenate(begins)), shape=shape)
+    for index, (start, stop) in enumerate(itertools.pairwise(edges)):
+        first, end = first_pieces_N1[start], first_pieces_N1[stop]
+        yield Chunk(
+            *(opening.pop() if opening else _copied(mixture, groups, index, start=start, stop=stop)).arrays,
+            lengths_P[first:end],
+            numbers_P[first:end],
+            first_pieces_N1[start : stop + 1] - first,
+            addresses.rows_N[start:stop],
+            addresses.epochs_N[start:stop],
+            samples_N[start:stop],
         )
 
 
-def gather(mixture: Mixture, samples_N: IntArray) -> Chunk:
-    """Reads samples of a mixture; each shard that holds some of them is visited once."""
-    shape = len(samples_N), mixture.seq_len + 1
-    datasets_N, addresses = mixture.locate(samples_N)
-    tokens_NS = np.empty(shape, dtype=mixture.manifest.token_dtype)
-    mask_NS = np.empty(shape, dtype=np.bool_) if mixture.has_loss_mask else None
-    cuts, cut_samples = [], []
-    for dataset, shard_index, chosen_G in _groups(datasets_N, addresses.shards_N):
-        shard = mixture.datasets[dataset].shard(shard_index)
-        rows_G = addresses.local_rows_N[chosen_G]
-        tokens_NS[chosen_G] = shard.rows(mixture.seq_len).tokens_RS[rows_G]
+@dataclass(frozen=True)
+class _Copies:
+    """A chunk's tokens and loss mask, to be filled, and a view of the tokens with a row as one item."""
+
+    arrays: tuple[npt.NDArray[Any], npt.NDArray[np.bool_] | None]
+    items_N: npt.NDArray[np.void]
+
+
+def _empty(mixture: Mixture, num_rows: int) -> _Copies:
+    tokens_NS = np.empty((num_rows, mixture.seq_len + 1), dtype=mixture.manifest.token_dtype)
+    mask_NS = np.empty(tokens_NS.shape, dtype=np.bool_) if mixture.has_loss_mask else None
+    return _Copies((tokens_NS, mask_NS), as_items(tokens_NS))
+
+
+def _copied(mixture: Mixture, groups: Sequence[_Group], chunk: int, *, start: int, stop: int) -> _Copies:
+    """Tokens and loss mask of samples ``[start, stop)``, which are the chunk's."""
+    copies = _empty(mixture, stop - start)
+    for group in groups:
+        group.copy(chunk, start=start, copies=copies)
+    return copies
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The samples that lie in one shard, which is opened when it is read and held by its dataset only.
+
+    Attributes:
+        chosen_G: which samples, in rising order.
+        rows_G: their rows in the shard.
+        edges: chunk k takes the samples from ``edges[k]`` to ``edges[k + 1]`` of the group.
+    """
+
+    dataset: Dataset
+    shard_index: int
+    chosen_G: IntArray
+    rows_G: IntArray
+    edges: list[int]
+
+    def cuts(self, *, seq_len: int, begins_G: IntArray) -> IntArray:
+        """Positions of the document boundaries strictly inside rows, if row g begins at position ``begins_G[g]``."""
+        shard = self.dataset.shard(self.shard_index)
+        first_cuts_R1 = shard.rows(seq_len).first_cuts_R1
+        first_G = first_cuts_R1[self.rows_G]
+        counts_G = first_cuts_R1[self.rows_G + 1] - first_G
+        ends_G = counts_G.cumsum()
+        indices_K = np.arange(ends_G[-1]) + (first_G + counts_G - ends_G).repeat(counts_G)
+        return shard.boundaries_D[indices_K] + (begins_G - self.rows_G * seq_len).repeat(counts_G)
+
+    def copy(self, chunk: int, *, start: int, copies: _Copies) -> None:
+        """Copies what a chunk that begins at sample ``start`` takes of the shard to its place."""
+        tokens_NS, mask_NS = copies.arrays
+        taken = slice(self.edges[chunk], self.edges[chunk + 1])
+        if taken.start == taken.stop:
+            return
+        places_G, rows_G = self.chosen_G[taken] - start, self.rows_G[taken]
+        seq_len = tokens_NS.shape[1] - 1
+        shard = self.dataset.shard(self.shard_index)
+        rows = shard.rows(seq_len)
+        if rows.tokens_RS.dtype == tokens_NS.dtype:
+            copies.items_N[places_G] = rows.items_R[rows_G]
+        else:
+            tokens_NS[places_G] = rows.tokens_RS[rows_G]
         if mask_NS is not None:
-            mask_NS[chosen_G] = shard.mask_rows(rows_G, seq_len=mixture.seq_len)
-        owners_K, cuts_K = _cuts(shard, rows_G, seq_len=mixture.seq_len)
-        cut_samples.append(chosen_G[owners_K])
-        cuts.append(cuts_K)
-    pieces = _pieces(np.concatenate(cut_samples), np.concatenate(cuts), shape=shape)
-    return Chunk(tokens_NS, mask_NS, *pieces, addresses.rows_N, addresses.epochs_N, samples_N)
+            mask_NS[places_G] = shard.mask_rows(rows_G, seq_len=seq_len)
 
 
 def _groups(datasets_N: IntArray, shards_N: IntArray) -> Iterator[tuple[int, int, IntArray]]:
     """Dataset, shard, and which samples lie there; in the order in which the samples first need the shards."""
-    keys_N = datasets_N * (int(shards_N.max(initial=0)) + 1) + shards_N
-    left_N = np.arange(len(keys_N))
-    while left_N.size:
-        first = left_N[0]
-        same_N = keys_N[left_N] == keys_N[first]
-        yield int(datasets_N[first]), int(shards_N[first]), left_N[same_N]
-        left_N = left_N[~same_N]
-
-
-def _cuts(shard: Shard, rows_G: IntArray, *, seq_len: int) -> tuple[IntArray, IntArray]:
-    """Document boundaries strictly inside rows: the index of each one's row, and its position in the row."""
-    first_cuts_R1 = shard.rows(seq_len).first_cuts_R1
-    first_G = first_cuts_R1[rows_G]
-    counts_G = first_cuts_R1[rows_G + 1] - first_G
-    owners_K = np.repeat(np.arange(len(rows_G)), counts_G)
-    before_G = np.cumsum(counts_G) - counts_G
-    indices_K = np.arange(len(owners_K)) + (first_G - before_G)[owners_K]
-    return owners_K, shard.boundaries_D[indices_K] - rows_G[owners_K] * seq_len
+    keys_N = datasets_N * (int(shards_N.max()) + 1) + shards_N
+    narrow_N = keys_N.astype(np.min_scalar_type(int(keys_N.max())))
+    by_shard_N = np.argsort(narrow_N, kind="stable")
+    groups = np.split(by_shard_N, np.flatnonzero(np.diff(keys_N[by_shard_N])) + 1)
+    for chosen_G in sorted(groups, key=lambda chosen_G: int(chosen_G[0])):
+        first = chosen_G[0]
+        yield int(datasets_N[first]), int(shards_N[first]), chosen_G
 
 
 def _pieces(
-    samples_K: IntArray, cuts_K: IntArray, *, shape: tuple[int, int]
-) -> tuple[IntArray, npt.NDArray[np.int32], IntArray]:
-    """Lengths and numbers of the pieces that the cuts make of the rows, and each row's first piece."""
+    begins_P: IntArray, *, shape: tuple[int, int]
+) -> tuple[IntArray, npt.NDArray[np.signedinteger[Any]], IntArray]:
+    """Lengths of the pieces that begin at these positions, their numbers in their rows, and each row's first piece."""
     num_samples, length = shape
-    counts_N = np.bincount(samples_K, minlength=num_samples) + 1
-    first_N1 = np.concatenate([[0], np.cumsum(counts_N)])
-    samples_P = np.repeat(np.arange(num_samples), counts_N)
-    numbers_P = np.arange(len(samples_P)) - first_N1[samples_P]
-    begins_P = samples_P * length
-    begins_P[np.flatnonzero(numbers_P)] += cuts_K[np.argsort(samples_K, kind="stable")]
-    return np.diff(begins_P, append=num_samples * length), numbers_P.astype(np.int32), first_N1
+    first_N1 = np.append(np.flatnonzero(begins_P % length == 0), len(begins_P))
+    numbers_P = np.arange(len(begins_P)) - first_N1[:-1].repeat(np.diff(first_N1))
+    return (
+        np.diff(begins_P, append=num_samples * length),
+        numbers_P.astype(np.int16 if length < 1 << 15 else np.int32),
+        first_N1,
+    )

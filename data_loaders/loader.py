@@ -19,8 +19,10 @@ from raydist.core.rows import Rows
 
 Item = TypeVar("Item")
 _POLL_S = 0.2
-_CHUNK_TOKENS = 1 << 21
-_CHUNK_ROWS = 4096
+_JOIN_S = 5.0
+_LOCATED_TOKENS = 1 << 22
+_LOCATED_ROWS = 8192
+_CHUNK_TOKENS = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,9 @@ class Loader(Generic[Item]):
         start_sample: samples consumed before (``LoaderState.samples_consumed``).
         start_step: the step number of the first batch.
         num_steps: batches to yield, or None for ever.
-        prefetch_steps: transformed batches handed over at a time; the next such group is prepared meanwhile.
-            Without a transform, compact chunks of rows are read ahead and become batches when they are taken. 0 reads and
-            transforms in the consumer's thread.
+        prefetch_steps: transformed batches handed over at a time. Up to three such groups exist: one that is consumed, one
+            that waits, one that is being made. Without a transform the groups are compact chunks of rows, whatever the
+            number, which become batches when they are taken. 0 reads and transforms in the consumer's thread.
         transform: applied to each batch in the background thread, for example an objective's corruption.
 
     Raises:
@@ -93,13 +95,7 @@ class Loader(Generic[Item]):
 
     def rows(self, *, first_sample: int, step: int = 0) -> Rows:
         """This rank's rows of the batch that begins at a sample; reads at once, without the thread."""
-        chunk = self._steps.gather_from(first_sample, num_steps=1)
-        return next(chunk.batches(self._steps.rank_rows, first_step=step))
-
-    def rows_of_step(self, step: int) -> Rows:
-        """This rank's rows of a step, before or after the ones that were iterated over."""
-        first_sample = self._steps.start_sample + (step - self._steps.start_step) * self._steps.batch_rows
-        return self.rows(first_sample=first_sample, step=step)
+        return next(self._steps.batches(first_sample, num_steps=1, first_step=step))
 
     def __iter__(self) -> Iterator[Item]:
         self.close()
@@ -127,7 +123,10 @@ class Loader(Generic[Item]):
                 yield item
 
     def close(self) -> None:
-        """Ends the background thread and drops what it prepared. The loader may be iterated again."""
+        """Ends the background thread and drops what it prepared. The loader may be iterated again.
+
+        A thread that sits in a read of a bucket that is away ends after it, without being waited for.
+        """
         if self._producer is not None:
             self._producer.close()
             self._producer = None
@@ -149,15 +148,32 @@ class _RankSteps:
     def rank_rows(self) -> int:
         return self.batch_rows // self.world_size
 
-    def gather_from(self, first_sample: int, *, num_steps: int) -> Chunk:
-        """This rank's rows of consecutive steps."""
+    def chunks(self, first_sample: int, *, num_steps: int) -> Iterator[Chunk]:
+        """This rank's rows of consecutive steps; each chunk holds whole steps."""
         steps_K1 = np.arange(num_steps, dtype=np.int64)[:, None]
         samples_B = first_sample + self.rank * self.rank_rows + np.arange(self.rank_rows, dtype=np.int64)
-        return gather(self.mixture, (steps_K1 * self.batch_rows + samples_B).reshape(-1))
+        chunk_steps = max(1, _CHUNK_TOKENS // (self.mixture.seq_len + 1) // self.rank_rows)
+        samples_N = (steps_K1 * self.batch_rows + samples_B).reshape(-1)
+        return gather(self.mixture, samples_N, chunk_rows=chunk_steps * self.rank_rows, step_rows=self.rank_rows)
 
-    def _chunk_steps(self) -> int:
-        """Steps gathered at once: bounded in memory, and in the epochs of a tiny dataset that it spans."""
-        num_rows = min(_CHUNK_ROWS, _CHUNK_TOKENS // (self.mixture.seq_len + 1), self.mixture.num_rows)
+    def batches(self, first_sample: int, *, num_steps: int, first_step: int) -> Iterator[Rows]:
+        """The same as batches."""
+        return itertools.chain.from_iterable(self._by_chunk(first_sample, num_steps=num_steps, first_step=first_step))
+
+    def _by_chunk(self, first_sample: int, *, num_steps: int, first_step: int) -> Iterator[Iterator[Rows]]:
+        """Nothing else holds a chunk, so that the next one may take its place in memory."""
+        for chunk in self.chunks(first_sample, num_steps=num_steps):
+            next_step = first_step + len(chunk.rows_N) // self.rank_rows
+            yield chunk.batches(self.rank_rows, first_step=first_step)
+            first_step = next_step
+            del chunk
+
+    def _located_steps(self) -> int:
+        """Steps located at once: bounded in memory, and in the epochs of a tiny dataset that they span.
+
+        Addresses only; what is open meanwhile is bounded by :func:`~data_loaders.gather.gather`.
+        """
+        num_rows = min(_LOCATED_ROWS, _LOCATED_TOKENS // (self.mixture.seq_len + 1), self.mixture.num_rows)
         return max(1, num_rows // self.rank_rows)
 
     def groups(self, first: int, *, stop: int | None, group_steps: int) -> Iterator[Iterable[Any]]:
@@ -168,16 +184,16 @@ class _RankSteps:
         num_steps = 1
         while stop is None or first < stop:
             num_steps = num_steps if stop is None else min(num_steps, stop - first)
-            chunk = self.gather_from(self.start_sample + first * self.batch_rows, num_steps=num_steps)
-            batches = chunk.batches(self.rank_rows, first_step=self.start_step + first)
+            first_sample = self.start_sample + first * self.batch_rows
+            where = {"num_steps": num_steps, "first_step": self.start_step + first}
             if self.transform is None:
-                yield batches
+                yield from self._by_chunk(first_sample, **where)
             else:
-                items = map(self.transform, batches)
+                items = map(self.transform, self.batches(first_sample, **where))
                 while group := list(itertools.islice(items, group_steps)):
                     yield group
             first += num_steps
-            num_steps = self._chunk_steps()
+            num_steps = self._located_steps()
 
 
 class _Producer:
@@ -203,7 +219,7 @@ class _Producer:
 
     def close(self) -> None:
         self.stopped.set()
-        self._thread.join()
+        self._thread.join(timeout=_JOIN_S)
 
 
 def _produce(

@@ -111,7 +111,7 @@ def read_manifest(folder: str) -> Manifest:
         content = json.loads(storage.read_bytes(path))
     except FileNotFoundError:
         raise _missing(folder) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError("the manifest is not JSON", where=path, found=str(error), fix=_PREPARE_AGAIN) from None
     if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
         found = content.get("format_version") if isinstance(content, dict) else type(content).__name__

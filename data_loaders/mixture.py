@@ -136,7 +136,7 @@ class Mixture:
         datasets_N, local_N = self.shares.assign(samples_N)
         if len(self.datasets) == 1:
             return datasets_N, self.orders[0].locate(local_N)
-        columns = np.empty((4, len(samples_N)), dtype=np.int64)
+        columns = np.empty((5, len(samples_N)), dtype=np.int64)
         for d, row_order in enumerate(self.orders):
             chosen_N = np.flatnonzero(datasets_N == d)
             found = row_order.locate(local_N[chosen_N])
@@ -145,6 +145,7 @@ class Mixture:
                 found.shards_N,
                 found.local_rows_N,
                 found.rows_N + self.first_rows_D[d],
+                found.windows_N,
             )
         return datasets_N, RowAddresses(*columns)
 

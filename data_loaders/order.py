@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import numpy as np
@@ -28,12 +28,17 @@ class RowAddresses:
         shards_N: shard index, int64 ``[N]``.
         local_rows_N: row inside its shard, int64 ``[N]``.
         rows_N: row inside its dataset, counted in file order whatever the order of reading, int64 ``[N]``.
+        windows_N: how many windows of the dataset were read before the row's, over all epochs, int64 ``[N]``.
     """
 
     epochs_N: IntArray
     shards_N: IntArray
     local_rows_N: IntArray
     rows_N: IntArray
+    windows_N: IntArray
+
+    def __getitem__(self, chosen: slice) -> RowAddresses:
+        return RowAddresses(*(vars(self)[field.name][chosen] for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class RowOrder:
     Args:
         rows_per_shard: int64 ``[num_shards]``.
         seed: of the order.
-        window_shards: shards whose rows are shuffled together; bounds what must be on the node at once.
+        window_shards: shards whose rows are shuffled together; bounds what must be open at once.
         order: ``sequential`` reads rows as they lie.
     """
 
@@ -73,22 +78,26 @@ class RowOrder:
     def locate(self, samples_N: IntArray) -> RowAddresses:
         """Addresses of samples of the dataset; sample j is position ``j % num_rows`` of epoch ``j // num_rows``."""
         epochs_N, positions_N = np.divmod(samples_N, self.num_rows)
-        shards_N, local_rows_N = np.empty_like(samples_N), np.empty_like(samples_N)
+        shards_N, local_rows_N, windows_N = (np.empty_like(samples_N) for _ in range(3))
         for epoch, chosen_N in _runs(epochs_N):
-            shards_N[chosen_N], local_rows_N[chosen_N] = self._locate_in_epoch(epoch, positions_N[chosen_N])
-        return RowAddresses(epochs_N, shards_N, local_rows_N, self._first_rows_S[shards_N] + local_rows_N)
+            located = self._locate_in_epoch(epoch, positions_N[chosen_N])
+            shards_N[chosen_N], local_rows_N[chosen_N], windows_N[chosen_N] = located
+        return RowAddresses(epochs_N, shards_N, local_rows_N, self._first_rows_S[shards_N] + local_rows_N, windows_N)
 
-    def _locate_in_epoch(self, epoch: int, positions_N: IntArray) -> tuple[IntArray, IntArray]:
+    def _locate_in_epoch(self, epoch: int, positions_N: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+        """Shards, rows in them, and windows."""
         layout = self._layout(epoch)
+        windows_N = _interval(layout.window_starts_W1, positions_N)
         if self._order == "shuffled":
             key = order_key(self._seed, "rows", epoch)
             positions_N = positions_N.copy()
-            for window, chosen_N in _runs(_interval(layout.window_starts_W1, positions_N)):
+            for window, chosen_N in _runs(windows_N):
                 start, end = layout.window_starts_W1[window : window + 2].tolist()
                 inside_N = positions_N[chosen_N] - start
                 positions_N[chosen_N] = start + keyed_permutation(inside_N, size=end - start, key=key, tweak=start)
         places_N = _interval(layout.starts_S1, positions_N)
-        return layout.shards_S[places_N], positions_N - layout.starts_S1[places_N]
+        first_window = epoch * (len(layout.window_starts_W1) - 1)
+        return layout.shards_S[places_N], positions_N - layout.starts_S1[places_N], first_window + windows_N
 
     def _layout(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:

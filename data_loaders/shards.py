@@ -132,12 +132,19 @@ class ShardRows:
 
     Attributes:
         tokens_RS: a view of the token stream, ``[R, S]``.
+        items_R: the same view with a row as one item, see :func:`as_items`.
         first_cuts_R1: ``boundaries_D[first_cuts_R1[r]:first_cuts_R1[r + 1]]`` are the document boundaries strictly
             inside row r.
     """
 
     tokens_RS: npt.NDArray[Any]
+    items_R: npt.NDArray[np.void]
     first_cuts_R1: IntArray
+
+
+def as_items(tokens_RS: npt.NDArray[Any]) -> npt.NDArray[np.void]:
+    """A view of rows as single items, which numpy picks and places faster than parts of a last axis."""
+    return tokens_RS.view(np.dtype((np.void, tokens_RS.shape[1] * tokens_RS.itemsize)))[:, 0]
 
 
 class Shard:
@@ -158,6 +165,8 @@ class Shard:
             self.tokens_T: npt.NDArray[Any] = tokens.values.to_numpy()
             self._document_ids = batch.column("document_id")
             self._mask = batch.column("loss_mask").values if "loss_mask" in batch.schema.names else None
+        except FileNotFoundError:  # evicted from the cache
+            raise
         except (pa.ArrowInvalid, KeyError, AttributeError, OSError) as error:
             raise DataError("not a token shard", where=path, found=str(error), fix=f"delete {path}") from None
         found = (len(self.offsets_D) - 1, len(self.tokens_T), int(self.offsets_D[0]), int(self.offsets_D[-1]))
@@ -186,7 +195,8 @@ class Shard:
     def _rows_of(self, seq_len: int) -> ShardRows:
         tokens_RS = np.lib.stride_tricks.sliding_window_view(self.tokens_T, seq_len + 1)[::seq_len]
         starts_R1 = np.arange(len(tokens_RS) + 1) * seq_len
-        return ShardRows(tokens_RS, first_cuts_R1=np.searchsorted(self.boundaries_D, starts_R1, side="right"))
+        first_cuts_R1 = np.searchsorted(self.boundaries_D, starts_R1, side="right")
+        return ShardRows(tokens_RS, as_items(tokens_RS), first_cuts_R1)
 
     def mask_rows(self, rows_G: IntArray, *, seq_len: int) -> npt.NDArray[np.bool_]:
         """The loss mask of rows, bool ``[G, seq_len + 1]``; all True where the shard has none."""

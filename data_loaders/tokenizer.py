@@ -110,10 +110,6 @@ class Tokenizer:
         """Text of ids. Bytes that are no UTF-8 become the replacement character."""
         return self._inner.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def token_name(self, token_id: int) -> str | None:
-        """The vocabulary's own spelling of an id, or None if no token has it."""
-        return self._inner.id_to_token(token_id)
-
     def byte_level(self) -> ByteLevelBpe:
         """The tokenizer taken apart: bytes of each token, split into pieces, merges inside a piece.
 

@@ -1,6 +1,7 @@
 """The whole way in one go, with the commands it runs: real text -> shards -> training on Ray -> MLflow -> pulled and sampled.
 
-`make quickstart` calls it. Everything it makes lies under runs/; run it again and finished stages are kept or redone fresh.
+`make quickstart` calls it. Everything it makes lies under runs/; run it again and finished data is kept, the rest redone
+fresh. After a change of the interpreter, whose library is the data, `raydist data prepare` refuses: `make clean` comes first.
 """
 
 from __future__ import annotations
@@ -35,11 +36,22 @@ def stage(title: str, *command: str) -> None:
     say(f"-- {format_duration(time.monotonic() - started)}")
 
 
-def prepare(source: str, target: str, *flags: str) -> None:
-    """Makes one token dataset of Python files; a finished one is kept."""
-    what = f"tokens of {os.path.basename(target)}, from the interpreter's own library"
-    arguments = ("--out", target, "--tokenizer", "bytes", "--include", "*.py", "--validation-fraction", "0.05")
-    stage(f"1 of 5  {what}", "data", "prepare", source, *arguments, *flags)
+def commands(library: str) -> list[tuple[str, list[str]]]:
+    """The stages in their order: a title, and the words behind `raydist`."""
+    how = ["--tokenizer", "bytes", "--include", "*.py", "--validation-fraction", "0.05"]
+    tables = os.path.join(library, "encodings")
+    sample = ["sample", f"{PULLED}/model", "--compare", "--trace", f"{PULLED}/trace.png"]
+    return [
+        (
+            "1 of 5  the interpreter's library",
+            ["data", "prepare", library, "--out", CODE, *how, "--exclude", *NOT_CODE],
+        ),
+        ("1 of 5  its character tables", ["data", "prepare", tables, "--out", TABLES, *how]),
+        ("2 of 5  Set Block Decoding on two Ray Train workers, sharded by FSDP2", ["train", RECIPE]),
+        ("3 of 5  the run as MLflow has it", ["runs", "list", "--experiment", "quickstart"]),
+        ("4 of 5  its artifacts, pulled and hash-verified", ["artifacts", "pull", "quickstart", "--to", PULLED]),
+        ("5 of 5  the pulled model: one token a forward, and blocks by entropy bound", sample),
+    ]
 
 
 def main() -> None:
@@ -47,17 +59,12 @@ def main() -> None:
     started = time.monotonic()
     shutil.rmtree(RUN_DIR, ignore_errors=True)
     shutil.rmtree(PULLED, ignore_errors=True)
-    library = sysconfig.get_paths()["stdlib"]
+    stages = commands(sysconfig.get_paths()["stdlib"])
     with connected(address=None, min_cpus=2):  # each stage would start a Ray of its own; one start is enough
-        prepare(library, CODE, "--exclude", *NOT_CODE)
-        prepare(os.path.join(library, "encodings"), TABLES)
-        stage("2 of 5  Set Block Decoding on two Ray Train workers, sharded by FSDP2", "train", RECIPE)
-    stage("3 of 5  the run as MLflow has it", "runs", "list", "--experiment", "quickstart")
-    stage("4 of 5  its artifacts, pulled and hash-verified", *("artifacts", "pull", "quickstart", "--to", PULLED))
-    stage(
-        "5 of 5  the pulled model: one token a forward, and blocks by entropy bound",
-        *("sample", f"{PULLED}/model", "--compare", "--trace", f"{PULLED}/trace.png"),
-    )
+        for title, words in stages[:3]:
+            stage(title, *words)
+    for title, words in stages[3:]:
+        stage(title, *words)
     say(f"\nall done in {format_duration(time.monotonic() - started)}")
     say(f"decoding trace  {PULLED}/pictures/trace.png  (also in the MLflow run)")
     say(f"loss curves     {PULLED}/pictures/curves.png (also in the MLflow run)")

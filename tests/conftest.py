@@ -12,6 +12,8 @@ settings.load_profile("raydist")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+pytest_plugins = ["tests.servers.fixtures", "tests.servers.mlflow_fixtures"]
+
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs import quickstart
 from raydist.cli.main import VERBS, build_parser
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +36,12 @@ def test_the_readme_shows_every_verb() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(commands(ROOT / "README.md")) >= 8
     assert [verb for verb in VERBS if f"`raydist {verb}" not in text] == []
+
+
+def test_the_readme_shows_what_the_quickstart_types() -> None:
+    """Other words would be refused as another dataset behind a quickstart, and the other way round."""
+    typed = [f"raydist {shlex.join(words)}" for _, words in quickstart.commands("LIBRARY")]
+    assert [command for command in commands(ROOT / "README.md") if command in typed] == typed
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -23,18 +23,19 @@ MAY_IMPORT = {
     "checkpoint": {*_BASE, "fsdp_utils"},
     "tracking": _BASE,
     "evaluation": {*_BASE, "paths", "models", "objectives", "sampling", "tracking"},
+    "serving": {*_BASE, "models", "sampling", "tracking", "data_loaders"},
     "training": {
         *_BASE, "paths", "models", "objectives", "fsdp_utils", "sampling", "checkpoint", "tracking", "evaluation",
         "data_loaders",
     },
 }  # fmt: skip
-MAY_IMPORT["runtime"] = {*MAY_IMPORT["training"], "training"}
+MAY_IMPORT["runtime"] = {*MAY_IMPORT["training"], "training", "serving"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT["runtime"], "runtime"}
 
 # third-party package -> the only places that may import it
 ONLY_IN = {
     "ray": ("raydist/runtime/",),
-    "mlflow": ("raydist/tracking/",),
+    "mlflow": ("raydist/tracking/", "raydist/serving/"),
     "fsspec": ("raydist/core/storage.py",),
     "s3fs": ("raydist/core/storage.py",),
     "transformers": ("data_loaders/tokenizer_sources.py",),

@@ -10,7 +10,15 @@ import torch.distributed as torch_dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from raydist.core.dist import broadcast_json, max_over_ranks
-from raydist.core.errors import CheckpointError
+from raydist.core.errors import CheckpointError, RaydistError, StorageError
+
+
+def on_any_worker(*flags: bool) -> list[bool]:
+    """For each flag, whether any worker has it set."""
+    if not torch_dist.is_initialized() or torch_dist.get_world_size() == 1:
+        return list(flags)
+    device = "cuda" if torch_dist.get_backend() == "nccl" else "cpu"
+    return [bool(flag) for flag in max_over_ranks(torch.tensor([int(flag) for flag in flags], device=device)).tolist()]
 
 
 def raise_together(error: Exception | None, *, where: str) -> None:
@@ -19,10 +27,7 @@ def raise_together(error: Exception | None, *, where: str) -> None:
     Raises:
         CheckpointError: another worker has an error.
     """
-    failed = error is not None
-    if torch_dist.is_initialized() and torch_dist.get_world_size() > 1:
-        device = "cuda" if torch_dist.get_backend() == "nccl" else "cpu"
-        failed = bool(max_over_ranks(torch.tensor([int(failed)], device=device)).item())
+    (failed,) = on_any_worker(error is not None)
     if error is not None:
         raise error
     if failed:
@@ -33,7 +38,7 @@ def on_first_worker(action: Callable[[], Any], *, where: str) -> Any:
     """The JSON-able value that rank 0 gets from ``action``, on every worker.
 
     Raises:
-        CheckpointError: the action failed; the cause is named on every worker.
+        StorageError: the action failed; the cause is named on every worker.
     """
     answer: dict[str, Any] = {}
     if not torch_dist.is_initialized() or torch_dist.get_rank() == 0:
@@ -43,7 +48,7 @@ def on_first_worker(action: Callable[[], Any], *, where: str) -> Any:
             answer = {"error": str(error)}
     answer = broadcast_json(answer)
     if "error" in answer:
-        raise CheckpointError("the checkpoint storage cannot be used", where=where, found=answer["error"])
+        raise StorageError("the checkpoint storage cannot be used", where=where, found=answer["error"])
     return answer["value"]
 
 
@@ -53,6 +58,6 @@ def single_error(failure: CheckpointException, *, where: str) -> Exception:
     DCP's own exception is not an ``Exception``, so it would slip past every ordinary handler.
     """
     for error, _ in failure.failures.values():
-        if isinstance(error, CheckpointError):
+        if isinstance(error, RaydistError):
             return error
     return RuntimeError(f"{where}: {failure}")

@@ -7,7 +7,7 @@ that cover them. So no damaged byte is ever used, and no file is read twice.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
@@ -16,6 +16,7 @@ from raydist.core import storage
 from raydist.core.errors import CheckpointError
 
 BLOCK_BYTES = 4 << 20
+_BLOCKS_PER_FETCH = 16
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,15 @@ class FileRecord:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> FileRecord:
-        """The inverse of :meth:`to_json`."""
-        return cls(int(value["size_bytes"]), str(value["sha256"]), tuple(str(h) for h in value["block_sha256"]))
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is no such record, or has not one hash a block.
+        """
+        record = cls(int(value["size_bytes"]), str(value["sha256"]), tuple(str(h) for h in value["block_sha256"]))
+        if record.size_bytes < 0 or len(record.block_sha256) != -(-record.size_bytes // BLOCK_BYTES):
+            raise ValueError(f"{len(record.block_sha256)} block hashes for {record.size_bytes} bytes")
+        return record
 
     def check_size(self, path: str) -> None:
         """Compares the size on storage with the recorded one.
@@ -108,30 +116,47 @@ def record_of_bytes(data: bytes) -> FileRecord:
 
 
 class VerifiedReader:
-    """Byte ranges of one file whose blocks are compared with their recorded hashes. Keeps the last block."""
+    """Byte ranges of one file whose blocks are compared with their recorded hashes. Keeps the last block.
 
-    def __init__(self, stream: IO[bytes], *, path: str, record: FileRecord) -> None:
-        self._stream = stream
+    Args:
+        fetch: the bytes ``[start, stop)`` of the file.
+        path: of the file, for messages.
+        record: what was written.
+    """
+
+    def __init__(self, fetch: Callable[[int, int], bytes], *, path: str, record: FileRecord) -> None:
+        self._fetch = fetch
         self.path = path
         self._record = record
-        self._cached: tuple[int, bytes] = (-1, b"")
+        self._cached: tuple[int, memoryview] = (-1, memoryview(b""))
 
-    def _block(self, index: int) -> bytes:
-        if self._cached[0] == index:
-            return self._cached[1]
-        start = index * BLOCK_BYTES
-        self._stream.seek(start)
-        data = self._stream.read(min(BLOCK_BYTES, self._record.size_bytes - start))
-        if hashlib.sha256(data).hexdigest() != self._record.block_sha256[index]:
+    def _blocks(self, first: int, stop: int) -> Iterator[memoryview]:
+        """Blocks ``[first, stop)``, fetched in runs of neighbours."""
+        if first < stop and first == self._cached[0]:
+            yield self._cached[1]
+            first += 1
+        while first < stop:
+            run_stop = min(stop, first + _BLOCKS_PER_FETCH)
+            start = first * BLOCK_BYTES
+            data = memoryview(self._fetch(start, min(run_stop * BLOCK_BYTES, self._record.size_bytes)))
+            for index in range(first, run_stop):
+                block = data[index * BLOCK_BYTES - start :][:BLOCK_BYTES]
+                self._verify(index, block)
+                if index == run_stop - 1:
+                    self._cached = (index, memoryview(bytes(block)))
+                yield block
+            first = run_stop
+
+    def _verify(self, index: int, block: memoryview) -> None:
+        if hashlib.sha256(block).hexdigest() != self._record.block_sha256[index]:
+            start = index * BLOCK_BYTES
             raise CheckpointError(
                 "a file of the checkpoint is damaged: its content is not what was written",
                 where=self.path,
-                found=f"another SHA-256 in bytes [{start}, {start + len(data)})",
+                found=f"another SHA-256 in bytes [{start}, {start + block.nbytes})",
                 expected=self._record.block_sha256[index],
                 fix="go on from an older checkpoint, or restore the file",
             )
-        self._cached = (index, data)
-        return data
 
     def read(self, start: int, stop: int) -> bytearray:
         """The verified bytes ``[start, stop)``.
@@ -147,10 +172,11 @@ class VerifiedReader:
                 expected=f"bytes [{start}, {stop})",
             )
         out = bytearray(stop - start)
-        for index in range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES) if stop > start else 0):
+        first = start // BLOCK_BYTES
+        for index, block in enumerate(self._blocks(first, -(-stop // BLOCK_BYTES) if stop > start else first), first):
             block_start = index * BLOCK_BYTES
             low, high = max(start, block_start), min(stop, block_start + BLOCK_BYTES)
-            out[low - start : high - start] = memoryview(self._block(index))[low - block_start : high - block_start]
+            out[low - start : high - start] = block[low - block_start : high - block_start]
         return out
 
 
@@ -162,7 +188,17 @@ def open_verified(path: str, *, record: FileRecord) -> Iterator[VerifiedReader]:
         CheckpointError: the file is not there.
     """
     try:
-        with storage.open_read(path) as stream:
-            yield VerifiedReader(stream, path=path, record=record)
+        if storage.is_remote(path):
+            yield VerifiedReader(
+                lambda start, stop: storage.read_range(path, start=start, stop=stop), path=path, record=record
+            )
+            return
+        with open(storage.local_path(path), "rb") as stream:
+            yield VerifiedReader(lambda start, stop: _read_at(stream, start, stop), path=path, record=record)
     except FileNotFoundError:
         raise CheckpointError("a file of the checkpoint is missing", where=path) from None
+
+
+def _read_at(stream: IO[bytes], start: int, stop: int) -> bytes:
+    stream.seek(start)
+    return stream.read(stop - start)

@@ -21,7 +21,7 @@ from typing import Any
 
 from raydist.checkpoint.files import FileRecord
 from raydist.core import storage
-from raydist.core.errors import CheckpointError, RaydistError
+from raydist.core.errors import CheckpointError, RaydistError, StorageError
 from raydist.core.log import get_logger
 
 MARKER = "complete.json"
@@ -110,26 +110,36 @@ def read_checkpoint(folder: str) -> Checkpoint:
         raise CheckpointError("the checkpoint is incomplete", where=folder, expected=f"a {MARKER} file")
     try:
         content = json.loads(storage.read_bytes(marker))
-        if content["format_version"] != FORMAT_VERSION:
-            raise CheckpointError(
-                "the checkpoint has another format",
-                where=marker,
-                found=content["format_version"],
-                expected=FORMAT_VERSION,
-                fix="use the raydist version that wrote it",
-            )
-        files = {
-            storage.safe_name(name, where=marker): FileRecord.from_json(record)
-            for name, record in content["files"].items()
-        }
-        checkpoint = Checkpoint(folder, int(content["step"]), int(content["world_size"]), files)
-    except CheckpointError:
+        checkpoint = checkpoint_from_json(content, folder=folder)
+    except (CheckpointError, StorageError):
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RaydistError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RaydistError) as error:
         raise CheckpointError("the completeness marker cannot be read", where=marker, found=repr(error)) from None
-    for name, record in files.items():
+    for name, record in checkpoint.files.items():
         record.check_size(storage.join(folder, name))
     return checkpoint
+
+
+def checkpoint_from_json(content: Mapping[str, Any], *, folder: str) -> Checkpoint:
+    """The inverse of :meth:`Checkpoint.to_json`.
+
+    Raises:
+        RaydistError: another format, or a file name that leaves the folder.
+        Exception: ``ValueError`` and its like for what is no marker.
+    """
+    marker = storage.join(folder, MARKER)
+    if content["format_version"] != FORMAT_VERSION:
+        raise CheckpointError(
+            "the checkpoint has another format",
+            where=marker,
+            found=content["format_version"],
+            expected=FORMAT_VERSION,
+            fix="use the raydist version that wrote it",
+        )
+    files = {
+        storage.safe_name(name, where=marker): FileRecord.from_json(record) for name, record in content["files"].items()
+    }
+    return Checkpoint(folder, int(content["step"]), int(content["world_size"]), files)
 
 
 def complete_checkpoints(run_dir: str) -> list[Checkpoint]:

@@ -18,20 +18,20 @@ from raydist.checkpoint.metadata import metadata_from_json
 from raydist.checkpoint.staging import VerifiedShardReader
 from raydist.checkpoint.state import allocate_optimizer_state, check_fits, model_tensors, optimizer_tensors
 from raydist.core import storage
-from raydist.core.errors import CheckpointError
+from raydist.core.errors import CheckpointError, RaydistError, StorageError
 
 
 def _read_small_files(checkpoint: Checkpoint) -> tuple[Metadata, dict[str, Any]]:
     metadata: Metadata | None = None
     trainer_state: dict[str, Any] = {}
-    error: CheckpointError | None = None
+    error: RaydistError | None = None
     try:
         path = storage.join(checkpoint.folder, METADATA)
         metadata = metadata_from_json(json.loads(checkpoint.files[METADATA].read(path)))
         trainer_state = checkpoint.read_trainer_state()
-    except CheckpointError as damage:
+    except (CheckpointError, StorageError) as damage:
         error = damage
-    except (ValueError, KeyError, TypeError, AttributeError) as unreadable:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as unreadable:
         error = CheckpointError("the checkpoint cannot be read", where=checkpoint.folder, found=repr(unreadable))
     raise_together(error, where=checkpoint.folder)
     return metadata, trainer_state

@@ -53,7 +53,11 @@ def metadata_to_json(metadata: Metadata) -> dict[str, Any]:
 
 
 def metadata_from_json(value: dict[str, Any]) -> Metadata:
-    """The inverse of :func:`metadata_to_json`."""
+    """The inverse of :func:`metadata_to_json`.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is no such table, or a chunk does not lie inside its tensor.
+    """
     state: dict[str, Any] = {}
     places: dict[MetadataIndex, ChunkPlace] = {}
     for fqn, tensor in value["tensors"].items():
@@ -61,8 +65,15 @@ def metadata_from_json(value: dict[str, Any]) -> Metadata:
         for chunk in tensor["chunks"]:
             offsets = torch.Size(chunk["offsets"])
             chunks.append(ChunkStorageMetadata(offsets, torch.Size(chunk["sizes"])))
+            _require_inside(chunk["offsets"], chunk["sizes"], tensor["shape"], name=fqn)
             places[MetadataIndex(fqn, offsets)] = ChunkPlace(chunk["file"], chunk["name"])
         state[fqn] = TensorStorageMetadata(
             TensorProperties(dtype=dtype_of(tensor["dtype"])), torch.Size(tensor["shape"]), chunks
         )
     return Metadata(state, storage_data=places)
+
+
+def _require_inside(offsets: list[int], sizes: list[int], shape: list[int], *, name: str) -> None:
+    bounds = zip(offsets, sizes, shape, strict=True)  # ValueError where they differ in number
+    if any(offset < 0 or size < 0 or offset + size > extent for offset, size, extent in bounds):
+        raise ValueError(f"{name}: a chunk at {offsets} of size {sizes} in a tensor of shape {shape}")

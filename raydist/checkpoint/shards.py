@@ -10,6 +10,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -77,8 +78,44 @@ def write_shard(path: str, tensors: Mapping[str, Tensor]) -> FileRecord:
     return writer.record()
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """One entry of a shard's header.
+
+    Attributes:
+        dtype: of the elements.
+        shape: of the tensor.
+        start: first byte in the data section.
+        stop: the byte behind the last.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @classmethod
+    def from_json(cls, entry: Any) -> StoredTensor:
+        """The inverse of what :func:`write_shard` writes.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is no such entry, or its numbers contradict each other.
+        """
+        start, stop = entry["data_offsets"]
+        stored = cls(dtype_of(entry["dtype"]), tuple(entry["shape"]), start=start, stop=stop)
+        if any(type(number) is not int or number < 0 for number in (*stored.shape, start, stop)):
+            raise ValueError(f"shape {stored.shape} at bytes [{start}, {stop})")
+        if stop - start != stored.dtype.itemsize * math.prod(stored.shape):
+            raise ValueError(f"{stop - start} bytes for a tensor of shape {stored.shape}")
+        return stored
+
+
 class ShardReader:
-    """The tensors of one shard file, read by rows."""
+    """The tensors of one shard file, read by rows.
+
+    Raises:
+        CheckpointError: the header is damaged.
+    """
 
     def __init__(self, reader: VerifiedReader) -> None:
         self._reader = reader
@@ -86,39 +123,46 @@ class ShardReader:
         self._data_start = _LENGTH_BYTES + header_bytes
         header = bytes(reader.read(_LENGTH_BYTES, self._data_start))
         try:
-            self._table: dict[str, Any] = json.loads(header)
-        except ValueError as error:
-            raise CheckpointError("a shard file is not safetensors", where=reader.path, found=error) from None
+            entries = json.loads(header)
+            entries.pop("__metadata__", None)
+            self._table = {name: StoredTensor.from_json(entry) for name, entry in entries.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError("a shard file is not safetensors", where=reader.path, found=repr(error)) from None
 
     def start(self, name: str) -> int:
         """Where a tensor begins in the data section; reading in this order reads the file forwards."""
-        return int(self._entry(name)["data_offsets"][0])
+        return self._entry(name).start
 
     def rows(self, name: str, *, start: int, stop: int) -> Tensor:
         """Rows ``[start, stop)`` of a tensor along its first dimension.
 
         Raises:
-            CheckpointError: the file has no such tensor, or the bytes are damaged.
+            CheckpointError: the file has no such tensor or not these rows, or the bytes are damaged.
         """
         entry = self._entry(name)
-        dtype, row_shape = dtype_of(entry["dtype"]), entry["shape"][1:]
-        row_bytes = dtype.itemsize * math.prod(row_shape)
-        first = self._data_start + entry["data_offsets"][0]
-        shape = (stop - start, *row_shape)
-        return self._tensor(first + start * row_bytes, first + (start + shape[0]) * row_bytes, dtype, shape)
+        if not entry.shape or not 0 <= start <= stop <= entry.shape[0]:
+            raise CheckpointError(
+                "a tensor of a shard file has another shape than the table says",
+                where=f"{self._reader.path}: {name}",
+                found=f"shape {entry.shape}",
+                expected=f"rows [{start}, {stop})",
+            )
+        row_bytes = entry.dtype.itemsize * math.prod(entry.shape[1:])
+        first = self._data_start + entry.start
+        shape = (stop - start, *entry.shape[1:])
+        return self._tensor(first + start * row_bytes, first + stop * row_bytes, entry.dtype, shape)
 
     def whole(self, name: str) -> Tensor:
         """One whole tensor, of any number of dimensions."""
         entry = self._entry(name)
-        low, high = (self._data_start + offset for offset in entry["data_offsets"])
-        return self._tensor(low, high, dtype_of(entry["dtype"]), tuple(entry["shape"]))
+        return self._tensor(self._data_start + entry.start, self._data_start + entry.stop, entry.dtype, entry.shape)
 
     def _tensor(self, low: int, high: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         if low == high:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(self._reader.read(low, high), dtype=dtype).view(shape)
 
-    def _entry(self, name: str) -> dict[str, Any]:
+    def _entry(self, name: str) -> StoredTensor:
         if name not in self._table:
             raise CheckpointError("a shard file lacks a tensor", where=self._reader.path, expected=name)
         return self._table[name]

@@ -1,12 +1,15 @@
-"""DCP's two ends: saving stops at host memory, loading starts at verified files.
+"""DCP's two ends: saving stops at a list of tensors, loading starts at verified files.
 
 DCP plans who holds and who needs which chunk, and its collectives must run in the main thread of every worker. So its
-writer here only copies the planned chunks to host memory; a thread stores them later, without any collective.
-Parameters may change as soon as the save returns.
+writer here only notes the planned chunks; a thread copies them to host memory and stores them, without any collective.
+Until they are copied they must not change: forwards and backwards may run, updates may not.
 """
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,22 +34,76 @@ def _done(value: Any) -> Future[Any]:
     return future
 
 
-def _to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of all tensors in host memory, page-locked where they come from a GPU; one wait for all."""
-    copies = {}
-    for name, tensor in tensors.items():
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        copies[name] = copy.copy_(tensor, non_blocking=True)
-    if any(tensor.is_cuda for tensor in tensors.values()):
-        torch.cuda.synchronize()
-    return copies
+class Copying:
+    """The time in which model and optimizer must stay as they are. One thread ends it, another waits for its end.
+
+    Attributes:
+        held_s: for how long the other one waited.
+    """
+
+    def __init__(self) -> None:
+        self._ended = threading.Event()
+        self._lock = threading.Lock()
+        self._waiting_since: float | None = None
+        self.held_s = 0.0
+
+    def end(self) -> None:
+        """The copy is there."""
+        with self._lock:
+            if self._waiting_since is not None and not self._ended.is_set():
+                self.held_s = time.monotonic() - self._waiting_since
+            self._ended.set()
+
+    def wait(self) -> None:
+        """Returns when it is."""
+        with self._lock:
+            if not self._ended.is_set():
+                self._waiting_since = time.monotonic()
+        self._ended.wait()
+
+
+class HostBuffers:
+    """Host memory of one worker's part of a checkpoint, page-locked where the tensors come from a GPU.
+
+    It is kept from save to save: getting fresh pages takes longer than copying into them, page-locked ones much longer.
+    One save may use it at a time.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+        self._stream: torch.cuda.Stream | None = None
+
+    def copy(self, tensors: Mapping[str, Tensor], *, after: torch.cuda.Event | None = None) -> dict[str, Tensor]:
+        """Copies of all tensors, valid until the next call.
+
+        Args:
+            tensors: of the host, or of one GPU.
+            after: on a GPU, when the tensors have their values. They are copied beside what the GPU computes then.
+        """
+        self._buffers = {name: self._buffer(name, tensor) for name, tensor in tensors.items()}
+        if after is not None and self._stream is None:
+            self._stream = torch.cuda.Stream(device=after.device)
+        with torch.cuda.stream(self._stream):
+            if self._stream is not None and after is not None:
+                self._stream.wait_event(after)
+            for name, tensor in tensors.items():
+                self._buffers[name].copy_(tensor, non_blocking=True)
+        if self._stream is not None:
+            self._stream.synchronize()
+        return dict(self._buffers)
+
+    def _buffer(self, name: str, tensor: Tensor) -> Tensor:
+        kept = self._buffers.get(name)
+        if kept is not None and kept.shape == tensor.shape and kept.dtype == tensor.dtype:
+            return kept
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
 
 
 class HostStagingWriter(StorageWriter):
-    """Collects this worker's chunks in host memory.
+    """Collects this worker's chunks.
 
     Attributes:
-        chunks: name in the shard file to host tensor, filled by the save.
+        chunks: name in the shard file to the very tensor, filled by the save.
         table: the content of ``metadata.json``; on rank 0 only.
     """
 
@@ -70,13 +127,12 @@ class HostStagingWriter(StorageWriter):
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Copies the planned chunks and says where they will be."""
-        sources, results = {}, []
+        """Notes the planned chunks and says where they will be."""
+        results = []
         for item in plan.items:
             name = chunk_name(item.index.fqn, tuple(item.index.offset or ()))
-            sources[name] = planner.resolve_data(item).detach()
-            results.append(WriteResult(item.index, sources[name].nbytes, ChunkPlace(self._file, name)))
-        self.chunks = _to_host(sources)
+            self.chunks[name] = planner.resolve_data(item).detach()
+            results.append(WriteResult(item.index, self.chunks[name].nbytes, ChunkPlace(self._file, name)))
         return _done(results)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -151,8 +207,21 @@ def _read_item(shard: ShardReader, name: str, item: ReadItem, planner: LoadPlann
         if item.lengths:
             start, length = item.storage_offsets[0], item.lengths[0]
             source = shard.rows(name, start=start, stop=start + length)
+            ends = [offset + extent for offset, extent in zip(item.storage_offsets, item.lengths, strict=True)]
+            _require_inside(ends[1:], source.shape[1:], name=name)
             source = narrow_tensor_by_index(source, (0, *item.storage_offsets[1:]), item.lengths)
         else:
             source = shard.whole(name)
+            _require_inside(target.shape, source.shape, name=name)
         target.copy_(source)
     planner.commit_tensor(item, target)
+
+
+def _require_inside(wanted: Sequence[int], stored: Sequence[int], *, name: str) -> None:
+    if len(wanted) != len(stored) or any(end > size for end, size in zip(wanted, stored, strict=True)):
+        raise CheckpointError(
+            "a tensor of a shard file has another shape than the table says",
+            where=name,
+            found=tuple(stored),
+            expected=tuple(wanted),
+        )

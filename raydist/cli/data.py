@@ -252,16 +252,14 @@ def _mixture(args: argparse.Namespace) -> tuple[Mixture, int]:
 
 def _run_config(run_dir: str) -> dict[str, Any]:
     """The resolved configuration that a run wrote."""
-    import yaml
-
+    from raydist.config.load import read_yaml
     from raydist.core import storage
     from raydist.core.errors import ConfigError
 
     path = storage.join(run_dir, "config.yaml")
-    try:
-        return yaml.safe_load(storage.read_bytes(path))
-    except FileNotFoundError:
-        raise ConfigError("this is not a run directory", where=run_dir, found="no config.yaml") from None
+    if not storage.exists(path):
+        raise ConfigError("this is not a run directory", where=run_dir, found="no config.yaml")
+    return read_yaml(path)
 
 
 def _manifests(path: str) -> dict[str, Manifest]:

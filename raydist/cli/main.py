@@ -17,6 +17,11 @@ VERBS = {
     "data": ("raydist.cli.data", "prepare, inspect, verify or show a token dataset"),
     "train": ("raydist.cli.train", "train a recipe on an embedded or a running Ray cluster"),
     "sweep": ("raydist.cli.sweep", "train trials of a recipe with Ray Tune, and rank them"),
+    "submit": ("raydist.cli.submit", "send a recipe to a cluster as one Ray job"),
+    "status": ("raydist.cli.status", "how runs are doing, from their directories and the cluster"),
+    "logs": ("raydist.cli.logs", "what a job prints"),
+    "stop": ("raydist.cli.stop", "save and stop a job, so that it can go on later"),
+    "preflight": ("raydist.cli.preflight", "check a cluster, its storage and MLflow before a run"),
     "sample": ("raydist.cli.sample", "continue prompts with a trained model, by any sampler"),
     "runs": ("raydist.cli.runs", "list and show tracked runs"),
     "artifacts": ("raydist.cli.artifacts", "list and pull a run's artifacts"),
@@ -66,10 +71,15 @@ def _is_override(word: str) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns the exit code: 0, or 2 for a mistake that the user can mend."""
+    """Runs one verb; returns the exit code: 0, 2 for a mistake that the user can mend, or what the verb says."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = next((word for word in arguments if not word.startswith("-")), None)
-    args = _parse(build_parser(verb), arguments)
+    parser = build_parser(verb)
+    if verb is not None and verb not in VERBS:
+        from raydist.config.base import nearest_hint
+
+        parser.error(f"no verb {verb!r}: {nearest_hint(verb, VERBS) or 'expected one of ' + ', '.join(VERBS)}")
+    args = _parse(parser, arguments)
     as_json = bool(getattr(args, "json", False))
     output.set_json_mode(as_json)
     if verb not in ("list", "config"):
@@ -88,9 +98,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    exit_code = int(result.pop("exit_code", 0))
     if as_json:
         print(json.dumps(result))
-    return 0
+    return exit_code
 
 
 def entry_point() -> None:

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
+EXIT_UNFINISHED = 75  # EX_TEMPFAIL: nothing is wrong and the work is not done; whoever started it may start it again
+EXIT_NOT_READY = 2
+
 _json_mode = False
 
 

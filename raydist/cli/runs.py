@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import TYPE_CHECKING, Any
 
 from raydist.cli.output import say, table
@@ -11,16 +12,24 @@ if TYPE_CHECKING:
     from raydist.tracking.find import TrackedRun
 
 _PARAM_CHARS = 100
+_STATES = ("running", "finished", "failed", "killed")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
     verbs = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     listing = verbs.add_parser("list", help="the runs of an experiment, newest first")
+    listing.add_argument("--state", choices=_STATES, help="only runs in this state")
+    listing.add_argument("--limit", type=int, default=100, help="most runs to list (default: %(default)s)")
     add_server_arguments(listing)
     show = verbs.add_parser("show", help="parameters, tags, last metrics and artifacts of a run")
     show.add_argument("run", metavar="RUN", help="name, MLflow id or run directory")
     add_server_arguments(show)
+    curves = verbs.add_parser("curves", help="a run's metrics as a table, without what a restart rolled back")
+    curves.add_argument("run", metavar="RUN", help="name, MLflow id or run directory")
+    curves.add_argument("--to", required=True, metavar="FILE", help="a CSV file: metric,step,value,attempt")
+    curves.add_argument("--metric", action="append", help="only this one; repeatable (default: all)")
+    add_server_arguments(curves)
     sync = verbs.add_parser("sync", help="send to MLflow what an outage held back")
     sync.add_argument("run_dir", metavar="RUN_DIR", help="the run's directory")
 
@@ -44,17 +53,47 @@ def server_of(args: argparse.Namespace) -> str | None:
 
 def find_run_of(args: argparse.Namespace) -> TrackedRun:
     """The run that the argument RUN means; an address given by hand is asked before any run directory."""
+    from raydist.core import storage
     from raydist.tracking.find import find_run
 
     output_dir = None if args.mlflow_uri else args.output_dir
-    return find_run(args.run, uri=server_of(args), experiment=args.experiment, output_dir=output_dir)
+    named = args.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    uri = (
+        server_of(args) if named or not storage.is_remote(args.output_dir) else None
+    )  # then the run's own record knows
+    return find_run(args.run, uri=uri, experiment=args.experiment, output_dir=output_dir)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the verb."""
     if args.action == "sync":
         return _sync(args.run_dir)
+    if args.action == "curves":
+        return _curves(args)
     return _list(args) if args.action == "list" else _show(args)
+
+
+def _curves(args: argparse.Namespace) -> dict[str, Any]:
+    from raydist.core.errors import TrackingError
+    from raydist.tracking.points import points_of_run, write_csv
+
+    found = find_run_of(args)
+    points = points_of_run(found, metrics=args.metric)
+    metrics = sorted({point.metric for point in points})
+    missing = sorted(set(args.metric or []) - set(metrics))
+    if missing:
+        known = ", ".join(sorted(found.metrics))
+        raise TrackingError("no such metric", where=f"run {found.name}", found=", ".join(missing), expected=known)
+    write_csv(points, path=args.to)
+    attempts = max((point.attempt for point in points), default=0)
+    say(f"{found.name}: {len(points)} points of {len(metrics)} metrics, {attempts} attempts: {args.to}")
+    return {
+        "run_id": found.run_id,
+        "file": args.to,
+        "num_points": len(points),
+        "metrics": metrics,
+        "num_attempts": attempts,
+    }
 
 
 def _sync(run_dir: str) -> dict[str, Any]:
@@ -68,18 +107,21 @@ def _sync(run_dir: str) -> dict[str, Any]:
 
 
 def _list(args: argparse.Namespace) -> dict[str, Any]:
-    from raydist.core.errors import TrackingError
-    from raydist.tracking.find import list_runs
+    from raydist.core.errors import ConfigError, TrackingError
+    from raydist.tracking.find import MAX_RUNS, list_runs
 
+    if not 1 <= args.limit <= MAX_RUNS:
+        raise ConfigError("not a number of runs", where="--limit", found=args.limit, expected=f"1 to {MAX_RUNS}")
     uri = server_of(args)
     if uri is None:
         raise TrackingError("MLflow is turned off", where="--mlflow-uri", found="none")
-    runs = list_runs(uri, experiment=args.experiment)
+    status = args.state.upper() if args.state else None
+    runs = list_runs(uri, experiment=args.experiment, status=status, limit=args.limit)
     if runs:
         columns = ["name", "status", "step", "tokens", "loss", "started", "duration"]
         table(columns, [_row(found) for found in runs], title=uri)
     else:
-        say(f"no runs yet in {uri}")
+        say(f"no {args.state or ''} runs in {uri}".replace("  ", " "))
     return {"uri": uri, "runs": [_summary(found) for found in runs]}
 
 

@@ -138,15 +138,17 @@ def _load(args: argparse.Namespace) -> _Loaded:
 
     from data_loaders.tokenizer import Tokenizer
     from raydist.cli.locate import find_model_dir
+    from raydist.core import storage
     from raydist.core.errors import ConfigError
     from raydist.models.hf import load_decoder
 
     folder = find_model_dir(args.model, output_dir=args.output_dir)
-    tokenizer = Tokenizer.load(folder)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("no CUDA device", where="--device", found=device, fix="use --device cpu")
-    decoder, meta = load_decoder(folder, device=device, dtype=getattr(torch, args.dtype))
+    with storage.fetched(folder) as local:
+        tokenizer = Tokenizer.load(local)
+        decoder, meta = load_decoder(local, device=device, dtype=getattr(torch, args.dtype))
     return _Loaded(folder=folder, decoder=decoder, tokenizer=tokenizer, meta=meta)
 
 

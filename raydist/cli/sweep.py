@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     overlay, words = _overlay(args.overrides)
     sweep = load_sweep(args.sweep, words, overlay=overlay)
     goals = [Goal(metric.name, metric.mode) for metric in sweep.config.metric]
+    model_dir = _model_dir(sweep)
     display = SweepDisplay(console(), name=sweep.name, goals=goals)
     try:
         with display:
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 sweep,
                 resume=args.resume,
                 view=display,
-                model_dir=_model_dir(sweep),
+                model_dir=model_dir,
                 address=args.address,
                 register=args.register,
             )
@@ -49,7 +50,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             say(f"\ninterrupted; to go on: {_command(args)} --resume")
         raise
     _say_ranking(outcome)
-    _say_next(sweep, outcome)
+    if outcome.has_more:
+        say(f"the sweep's time is over before all trials are done; to go on: {_command(args)} --resume")
+    _say_next(sweep, outcome, model_dir=model_dir)
     return _summary(sweep, outcome)
 
 
@@ -60,7 +63,16 @@ def _model_dir(sweep: Any) -> str | None:
     from raydist.cli.locate import find_model_dir
     from raydist.runtime.sample_trials import output_dir_of
 
-    return find_model_dir(sweep.config.checkpoint, output_dir=output_dir_of(sweep))
+    try:
+        return find_model_dir(sweep.config.checkpoint, output_dir=output_dir_of(sweep))
+    except ConfigError as error:
+        raise ConfigError(
+            error.what,
+            where=f"checkpoint in {sweep.path}",
+            found=sweep.config.checkpoint,
+            expected=error.expected,
+            fix="train it (the comment at the head of the file says how), or name another one: checkpoint=RUN",
+        ) from None
 
 
 def _overlay(words: list[str]) -> tuple[str | None, list[str]]:
@@ -78,16 +90,19 @@ def _overlay(words: list[str]) -> tuple[str | None, list[str]]:
 def _command(args: argparse.Namespace) -> str:
     import shlex
 
-    words = [word for word in (args.sweep, *args.overrides)]
+    words = [args.sweep, *args.overrides, *(["--address", args.address] if args.address else [])]
     return "raydist sweep " + " ".join(shlex.quote(word) for word in words)
 
 
 def _say_ranking(outcome: Any) -> None:
+    from raydist.cli.sweep_table import cell
     from raydist.evaluation.sweep_report import ranking_table
 
     ranking = ranking_table(outcome.records, outcome.goals)
     say()
-    table(ranking.columns, ranking.rows)
+    table(
+        ranking.columns, [[cell(value) if isinstance(value, float) else value for value in row] for row in ranking.rows]
+    )
     for record in outcome.records:
         failure = outcome.failures.get(record.name)
         if failure:
@@ -101,33 +116,34 @@ def _say_ranking(outcome: Any) -> None:
         say(f"registered       version {outcome.model_version}")
 
 
-def _say_next(sweep: Any, outcome: Any) -> None:
+def _say_next(sweep: Any, outcome: Any, *, model_dir: str | None) -> None:
     best = outcome.best
     if best is None:
         say("\nno trial finished; to run the others: the same command with --resume")
         return
     commands = [("look at it", f"open {outcome.pictures[-1]}")] if outcome.pictures else []
-    if sweep.recipe_path is not None:
+    if model_dir is None:
         commands += [
             ("train the winner", winner_command(sweep, best.parameters)),
             ("sample it", f"raydist sample {best.run_dir} --prompt 'def ' --compare"),
             ("pull it", f"raydist artifacts pull {best.run_dir} --to pulled"),
         ]
     else:
-        commands.append(("sample with it", _sample_command(sweep, best.parameters)))
+        commands.append(("sample with it", _sample_command(sweep, best.parameters, model_dir=model_dir)))
     next_commands(commands)
 
 
-def _sample_command(sweep: Any, parameters: dict[str, Any]) -> str:
-    """``raydist sample RUN --sampler NAME key=value ...`` of a sweep over samplers."""
+def _sample_command(sweep: Any, parameters: dict[str, Any], *, model_dir: str) -> str:
+    """``raydist sample RUN --sampler NAME key=value ...``, which names all settings of the trial's sampler."""
     import shlex
 
     from raydist.config.load import as_overrides
+    from raydist.models.hf import read_meta
 
-    sampler = _nested_values(sweep, parameters)["sampling"]["sampler"]
-    name = [f"--sampler {sampler['name']}"] if "name" in sampler else []
-    words = as_overrides({key: value for key, value in sampler.items() if key != "name"})
-    command = ["raydist sample", shlex.quote(sweep.config.checkpoint), "--prompt 'def '", *name]
+    sampling = sweep.sampling_of(parameters, defaults=read_meta(model_dir).get("sampling"))
+    settings = sampling.sampler.model_dump(mode="json", exclude_unset=True)
+    words = [settings.pop("name"), *as_overrides(settings)]
+    command = ["raydist sample", shlex.quote(sweep.config.checkpoint), "--prompt 'def ' --sampler"]
     return " ".join([*command, *(shlex.quote(word) for word in words)])
 
 
@@ -161,6 +177,7 @@ def _summary(sweep: Any, outcome: Any) -> dict[str, Any]:
         "mlflow_uri": outcome.parent.uri,
         "mlflow_run_id": outcome.parent.run_id,
         "best": None if outcome.best is None else outcome.best.name,
+        "has_more": outcome.has_more,
         "model_version": outcome.model_version,
         "trials": [
             {

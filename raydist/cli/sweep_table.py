@@ -78,7 +78,7 @@ class SweepDisplay(SweepView):
         for name in ranking.columns:
             grid.add_column(name)
         for row in ranking.rows[:_MOST_ROWS]:
-            grid.add_row(*[Text(_cell(value)) for value in row])
+            grid.add_row(*[Text(cell(value)) for value in row])
         return grid
 
     def _summary(self, records: Sequence[TrialRecord]) -> str:
@@ -91,7 +91,8 @@ class SweepDisplay(SweepView):
         self._console.print(text, markup=False, highlight=False)
 
 
-def _cell(value: object) -> str:
+def cell(value: object) -> str:
+    """A value of the ranking; five digits, as good trials are often close."""
     if isinstance(value, float):
         return f"{value:.5g}"
     return "" if value is None else str(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Collection
 from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, GetJsonSchemaHandler, SerializeAsAny, ValidationError
@@ -88,11 +89,11 @@ class Registry:
                 f"the {self.kind} has no name", where=_joined(key, "name"), expected=f"one of {', '.join(classes)}"
             )
         name = value["name"]
-        if name not in classes:
+        if not isinstance(name, str) or name not in classes:
             raise ConfigError(
                 f"no {self.kind} has this name",
                 where=_joined(key, "name"),
-                found=name,
+                found=str(name)[:_MAX_FOUND_CHARS],
                 expected=f"one of {', '.join(classes)}",
                 fix=nearest_hint(str(name), classes),
             )
@@ -132,20 +133,14 @@ def validated(cls: type[_Config], value: Any, *, prefix: str = "") -> _Config:
 
 def _explain(cls: type[BaseModel], error: ValidationError, prefix: str) -> ConfigError:
     problems = error.errors(include_url=False)
-    first = problems[0]
+    # A misspelt key leaves the right one missing: the misspelling is what helps.
+    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
     path = [str(part) for part in first["loc"]]
     key = _joined(prefix, *path)
-    more = f" ({len(problems) - 1} more after this one)" if len(problems) > 1 else ""
+    more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":
         owner = _owner(cls, path[:-1])
-        known = list(owner.model_fields) if owner else []
-        return ConfigError(
-            "unknown key" + more,
-            where=key,
-            found=path[-1],
-            expected="one of " + ", ".join(known) if known else None,
-            fix=nearest_hint(path[-1], known) or "remove it",
-        )
+        return unknown_key(path[-1], owner.model_fields if owner else (), where=key, more=more)
     if first["type"] == "missing":
         return ConfigError("a required key is missing" + more, where=key, fix=f"set it: {key}=...")
     inner = first.get("ctx", {}).get("error")
@@ -157,6 +152,17 @@ def _explain(cls: type[BaseModel], error: ValidationError, prefix: str) -> Confi
     message = first["msg"].removeprefix("Value error, ")
     found = None if isinstance(first["input"], dict | BaseModel) else repr(first["input"])[:_MAX_FOUND_CHARS]
     return ConfigError("a value does not fit" + more, where=key or None, found=found, expected=message)
+
+
+def unknown_key(name: str, known: Collection[str], *, where: str, more: str = "") -> ConfigError:
+    """The error of a key that is none of the known ones."""
+    return ConfigError(
+        "unknown key" + more,
+        where=where,
+        found=name,
+        expected="one of " + ", ".join(known) if known else None,
+        fix=nearest_hint(name, known) or "remove it",
+    )
 
 
 def _owner(cls: type[BaseModel], path: list[str]) -> type[BaseModel] | None:

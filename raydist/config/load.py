@@ -7,7 +7,9 @@ folder, or from the nearest folder above it that has one. Where an overlay choos
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import io
 import json
 import os
 import re
@@ -20,12 +22,16 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from raydist.config.base import validated
+from raydist.config.registries import require_decoder
 from raydist.config.schema import RunConfig
+from raydist.config.yaml_limits import MAX_CHARS, require_parsable
 from raydist.core.errors import ConfigError
-from raydist.core.storage import normalize
+from raydist.core.storage import is_remote, normalize, read_bytes
 
 _BASE_NAME = "base.yaml"
 _MAX_LEVELS_UP = 2
+# The last four are what PyYAML's constructors let through: `0x_`, `!!int x`, `!!bool x`, `!!timestamp x`.
+_UNREADABLE = (OmegaConfBaseException, YAMLError, RecursionError, ValueError, KeyError, AttributeError, TypeError)
 _PLAIN_WORD = re.compile(r"[A-Za-z_][\w./-]*")
 _NOT_STRINGS = frozenset({"true", "false", "null", "yes", "no", "on", "off", "none", "nan", "inf"})
 
@@ -43,6 +49,7 @@ _NOT_IDENTITY = (
     "training.microbatch_rows",
     "training.log_every_steps",
     "training.num_threads",
+    "training.peak_tflops",
     "model.attention",
     "model.recompute",
     "model.compile",
@@ -72,7 +79,8 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
         overrides: ``key.sub=value`` strings; values are YAML.
 
     Raises:
-        ConfigError: the file is missing or no YAML, a key is unknown or misspelt, a value does not fit.
+        ConfigError: the file is missing or no YAML, a key is unknown or misspelt, a value does not fit, no such model
+            can be.
     """
     if not os.path.isfile(path):
         raise ConfigError(
@@ -81,12 +89,36 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
             expected="a YAML file",
             fix="ls jobs/recipes shows the recipes that come along",
         )
-    merged: dict[str, Any] = {}
-    for layer in (_find_base(path), path):
-        if layer is not None:
-            merged = merge(merged, read_yaml(layer))
-    merged = merge(merged, parse_overrides(overrides))
-    return resolve(merged, path=path)
+    base = _find_base(path)
+    layers = {file: read_yaml(file) for file in (base, path) if file is not None}
+    given = parse_overrides(overrides)
+    merged = functools.reduce(merge, (*layers.values(), given))
+    try:
+        recipe = resolve(merged, path=path)
+        require_decoder(recipe.config.model)
+        return recipe
+    except ConfigError as error:
+        where = error.where
+        if where is None or _decides(given, where, merged):
+            raise
+        file = next((file for file in reversed(layers) if _decides(layers[file], where, merged)), path)
+        raise error.moved_to(f"{where} in {file}") from None
+
+
+def _decides(values: Any, key: str, merged: Any) -> bool:
+    """Whether a layer is the one to blame for a dotted key, unless a later one is.
+
+    It has the key, gives a value in short for a section above it, or put such a section in the place of earlier ones.
+    """
+    if not key or values is merged or not isinstance(values, dict | list):
+        return True
+    sections = merged if isinstance(merged, dict) else {}
+    for name, value in values.items() if isinstance(values, dict) else enumerate(values):
+        rest = key.removeprefix(f"{name}.") if key != str(name) else ""
+        if rest != key and _decides(value, rest, sections.get(name)):
+            return True
+    one_for_a_list = isinstance(values, dict) and key.split(".")[0] == "0"
+    return one_for_a_list and _decides(values, key.partition(".")[2], merged)
 
 
 def resolve(values: dict[str, Any], *, path: str) -> Recipe:
@@ -174,17 +206,20 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """``["a.b=1", "c=[x,y]"]`` as nested values.
 
     Raises:
-        ConfigError: an override has no ``=`` or an empty key.
+        ConfigError: an override has no ``=`` or an empty key, or its value is no YAML or calls a resolver.
     """
     for override in overrides:
-        key, separator, _ = override.partition("=")
+        key, separator, value = override.partition("=")
         if not separator or not key or not all(key.split(".")):
             raise ConfigError("not an override", found=repr(override), expected="key.sub=value")
+        require_parsable(value, where=key)
     try:
-        values = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=True)
-    except (OmegaConfBaseException, YAMLError) as error:
+        read = OmegaConf.from_dotlist(list(overrides))
+        _require_no_resolvers(OmegaConf.to_container(read, resolve=False), where="override")
+        values = OmegaConf.to_container(read, resolve=True)
+    except _UNREADABLE as error:
         raise ConfigError(
-            "an override cannot be read", found=" ".join(overrides), expected=_first_line(error)
+            "an override cannot be read", found=_one_line(" ".join(overrides)), expected=_one_line(error)
         ) from None
     return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
 
@@ -223,13 +258,41 @@ def read_yaml(path: str) -> dict[str, Any]:
         ConfigError: it cannot be read, or holds something else.
     """
     try:
-        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError("cannot be read as YAML", where=path, found=_first_line(error)) from None
+        text = read_bytes(path).decode() if is_remote(path) else _local_text(path)
+        require_parsable(text, where=path)
+        loaded = OmegaConf.load(io.StringIO(text))
+        _require_no_resolvers(OmegaConf.to_container(loaded, resolve=False), where=path)
+        values = OmegaConf.to_container(loaded, resolve=True)
+    except (*_UNREADABLE, OSError) as error:
+        raise ConfigError("cannot be read as YAML", where=path, found=_one_line(error)) from None
     if not isinstance(values, dict):
         raise ConfigError("the file is no mapping of keys", where=path, found=type(values).__name__)
     return {str(key): value for key, value in values.items()}
 
 
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+def _local_text(path: str) -> str:
+    with open(path, encoding="utf-8") as stream:
+        return stream.read(MAX_CHARS + 1)
+
+
+def _require_no_resolvers(values: Any, *, where: str) -> None:
+    """``${key.sub}`` refers to another key; ``${oc.env:NAME}`` would put a variable, and be it a password, into every record.
+
+    Raises:
+        ConfigError: a value calls a resolver.
+    """
+    if not isinstance(values, dict | list):
+        return
+    for key, value in flatten(values).items():
+        if isinstance(value, str) and ":" in value.partition("${")[2]:
+            raise ConfigError(
+                "a file of settings reads nothing from its surroundings",
+                where=f"{where}: {key}",
+                found=value,
+                expected="a value, or ${key.sub} for that of another key",
+                fix=f'give it on the command line: {key}="$NAME"',
+            )
+
+
+def _one_line(words: object) -> str:
+    return " ".join(str(words).replace('in "<file>", ', "").split())[:300]

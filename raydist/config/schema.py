@@ -52,16 +52,19 @@ class DataConfig(StrictModel):
     cache_dir: str | None = None
     """Node-local folder of decompressed shards; default: a folder under the user's cache directory."""
     cache_limit: str = "20GiB"
-    """Most bytes that the node cache may hold."""
+    """Most bytes of decompressed shards on the node; at least one shuffle window of each dataset."""
     shuffle_window_shards: PositiveInt = 8
-    """Rows are permuted inside windows of this many shards; bounds what must be on the node at once."""
+    """Rows are permuted inside windows of this many shards; a worker opens no more of a dataset."""
     prefetch_steps: int = Field(default=2, ge=0)
-    """Batches prepared ahead in a background thread; 0 prepares each batch when it is asked for."""
+    """Batches that the background thread hands over at a time; up to three such groups exist. 0 prepares each batch when it
+    is asked for."""
 
     @field_validator("train", "validation", mode="before")
     @classmethod
     def _paths_are_datasets(cls, value: Any) -> Any:
         items = [value] if isinstance(value, str | dict) else value
+        if not isinstance(items, list | tuple):
+            return items
         return [{"path": item} if isinstance(item, str) else item for item in items]
 
 
@@ -109,15 +112,35 @@ class TrainingConfig(StrictModel):
     """What validation measures; null: the objective itself. Runs that train with different settings are comparable by it."""
     num_threads: PositiveInt | None = None
     """torch threads of one worker on CPU; null leaves torch's choice."""
+    peak_tflops: PositiveFloat | None = None
+    """Peak TFLOP/s of one worker's device, for the metric mfu; null: known GPUs by their name, and no mfu on others."""
+
+
+class KeepBestConfig(StrictModel):
+    """Which checkpoint is the best one: of those saved at a step that was validated."""
+
+    metric: str
+    """As it is logged, e.g. validation/bound_nats_per_token."""
+    mode: Literal["min", "max"] = "min"
 
 
 class CheckpointConfig(StrictModel):
     """Training state to go on from."""
 
-    every_steps: PositiveInt = 100
-    """The last step is always saved."""
+    every_steps: PositiveInt | None = 100
+    """null: by time only. The last step is always saved."""
+    every_minutes: PositiveFloat | None = 15.0
+    """A step is also saved when so much time has passed since the last save began: what a sudden end can cost. null: by
+    steps only."""
     keep: PositiveInt = 2
-    """Complete checkpoints kept; older ones are deleted."""
+    """Newest complete checkpoints kept; older ones are deleted."""
+    keep_every_steps: PositiveInt | None = None
+    """Checkpoints of multiples of this step are made besides, and kept for good."""
+    keep_best: KeepBestConfig | None = None
+    """The best one is kept besides, until a better one is complete. Sweeps set it for their trials."""
+    spool_dir: str | None = None
+    """Node-local folder that shards pass through on their way to a bucket; it needs room for the shards of all workers of
+    the node once. default: a folder under the system's temporary one."""
 
 
 class TrackingConfig(StrictModel):
@@ -137,13 +160,26 @@ class ScalingConfig(StrictModel):
     """The Ray Train workers."""
 
     num_workers: PositiveInt = 1
+    min_workers: PositiveInt | None = None
+    """Elastic: the run goes on with fewer workers, down to this many, while nodes are missing, and takes on new ones as they
+    come. Batches and their order stay the same. null: always num_workers."""
     use_gpu: bool = False
     cpus_per_worker: PositiveFloat = 1.0
     reshard_after_forward: bool = True
     """True frees a block's gathered weights between forward and backward; False keeps them: more memory, fewer collectives."""
     max_failures: int = Field(default=3, ge=-1)
     """Worker failures survived before the run is given up; -1 for any number."""
-    collective_timeout_s: PositiveFloat = 1800.0
+    collective_timeout_s: PositiveFloat = Field(default=600.0, ge=1)
+    """A worker that does not answer for so long, or a collective that takes longer, counts as a failure. It must exceed the
+    longest that one worker may keep the others waiting, e.g. while it fetches its first shards."""
+    stop_grace_s: PositiveFloat = 120.0
+    """After SIGTERM or Ctrl-C: the longest wait for the running step and its checkpoint."""
+
+    @model_validator(mode="after")
+    def _limits_are_ordered(self) -> ScalingConfig:
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers={self.min_workers} must not exceed num_workers={self.num_workers}")
+        return self
 
 
 class SamplingConfig(StrictModel):
@@ -181,10 +217,19 @@ class RunConfig(StrictModel):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> RunConfig:
-        per_pass = self.scaling.num_workers * self.training.microbatch_rows
-        if self.training.batch_rows % per_pass:
-            raise ValueError(
-                f"training.batch_rows={self.training.batch_rows} must be a multiple of scaling.num_workers x "
-                f"training.microbatch_rows = {per_pass}"
-            )
+        sizes = self.world_sizes()
+        for key in ("num_workers", "min_workers"):
+            num_workers = getattr(self.scaling, key)
+            if num_workers is not None and num_workers not in sizes:
+                raise ValueError(
+                    f"training.batch_rows={self.training.batch_rows} must be a multiple of scaling.{key} x "
+                    f"training.microbatch_rows = {num_workers * self.training.microbatch_rows}"
+                )
         return self
+
+    def world_sizes(self) -> list[int]:
+        """The numbers of workers that the run may have, ascending: those between the limits that divide the batch."""
+        scaling, training = self.scaling, self.training
+        fewest = scaling.num_workers if scaling.min_workers is None else scaling.min_workers
+        between = range(fewest, scaling.num_workers + 1)
+        return [size for size in between if training.batch_rows % (size * training.microbatch_rows) == 0]

@@ -89,6 +89,16 @@ class Sweep:
         search = self.config.search
         return [self.space.random_trial(index, seed=search.seed) for index in range(search.num_trials or 0)]
 
+    def foreseen_trials(self) -> list[dict[str, Any]]:
+        """All trials of a grid or a random search; of a search with ranges also those at each end and each listed value.
+
+        Raises:
+            ConfigError: as :meth:`grid`.
+        """
+        if self.config.search.name == "grid":
+            return self.grid()
+        return self.space.covering() + (self.random_trials() if self.config.search.name == "random" else [])
+
     def trial_overrides(self, trial: Mapping[str, Any]) -> list[str]:
         """What ``raydist train RECIPE`` needs to train the trial: ``key=value`` words, the shared ones first."""
         values = self._shared()
@@ -127,7 +137,7 @@ class Sweep:
             raise self._located(error, trial) from None
 
     def validate_trials(self, *, ids: TokenIds | None = None, sampling: Mapping[str, Any] | None = None) -> None:
-        """Resolves every trial of a grid; for other searches trials in which each end and each listed value occurs.
+        """Resolves the trials that can be foreseen: all but those that ``tpe`` chooses as it learns.
 
         Args:
             ids: of the dataset, to build the objectives for; bytes by default.
@@ -137,7 +147,7 @@ class Sweep:
             ConfigError: a trial that cannot be, a condition that never holds, or trials that cannot be ranked.
         """
         self.space.check_conditions(where="space")
-        trials = self.grid() if self.config.search.name == "grid" else self.space.covering()
+        trials = self.foreseen_trials()
         if self.recipe is None:
             for trial in trials:
                 self.sampling_of(trial, defaults=sampling)
@@ -212,7 +222,7 @@ def load_sweep(path: str, overrides: Sequence[str] = (), *, overlay: str | None 
     raw = _with_overlay(read_yaml(path), overlay, path=path)
     own, of_recipe = _parted(overrides)
     raw = merge(raw, parse_overrides(own))
-    raw["overrides"] = _with_recipe_keys(raw.get("overrides") or {}, of_recipe)
+    raw["overrides"] = _with_recipe_keys(_mapping(raw, "overrides", where=path), of_recipe)
     try:
         config = validated(SweepConfig, raw)
         check_keys(config)
@@ -235,7 +245,8 @@ def dump_sweep(sweep: Sweep) -> str:
 
 def _with_overlay(raw: dict[str, Any], name: str | None, *, path: str) -> dict[str, Any]:
     """The file with one of its overlays; of the space and the overrides an overlay replaces whole keys, null removes one."""
-    overlays = raw.pop("overlays", None) or {}
+    overlays = _mapping(raw, "overlays", where=path)
+    raw.pop("overlays", None)
     if name is None:
         return raw
     if name not in overlays:
@@ -246,11 +257,29 @@ def _with_overlay(raw: dict[str, Any], name: str | None, *, path: str) -> dict[s
             expected="one of " + ", ".join(f"+{other}" for other in overlays) if overlays else "no overlay",
             fix=nearest_hint(name, overlays),
         )
-    overlay = dict(overlays[name] or {})
+    overlay = dict(_mapping(overlays, name, where=f"{path}: overlays"))
     for section in ("space", "overrides"):
-        keys = {**(raw.get(section) or {}), **(overlay.pop(section, None) or {})}
+        keys = {**_mapping(raw, section, where=path), **_mapping(overlay, section, where=f"{path}: overlays.{name}")}
+        overlay.pop(section, None)
         raw[section] = {key: value for key, value in keys.items() if value is not None or section == "overrides"}
     return merge(raw, overlay)
+
+
+def _mapping(values: Mapping[str, Any], key: str, *, where: str) -> dict[str, Any]:
+    """The mapping under a key, empty where there is none.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    section = values.get(key) or {}
+    if not isinstance(section, dict):
+        raise ConfigError(
+            "not a mapping of keys",
+            where=f"{where}: {key}",
+            found=repr(section),
+            expected="key: value, key: value, ...",
+        )
+    return section
 
 
 def _parted(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -284,8 +313,14 @@ def _with_recipe_keys(overrides: Mapping[str, Any], words: Sequence[str]) -> dic
 
 
 def _shared_values(config: SweepConfig) -> dict[str, Any]:
-    """What all trials have in common beyond the recipe, nested."""
+    """What all trials have in common beyond the recipe, nested.
+
+    Many trials fill a disk, so that each keeps two checkpoints, its last and its best, unless the overrides say otherwise.
+    """
     values: dict[str, Any] = {}
+    if config.recipe is not None:
+        best = {"metric": config.metric[0].name, "mode": config.metric[0].mode}
+        values = {"checkpoint": {"keep": 1, "keep_best": best}}
     for key, value in config.overrides.items():
         values = merge(values, nested(key, value))
     if config.budget.num_steps is not None:

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from pydantic import model_validator
+
 from raydist.config.base import StrictModel, nearest_hint
 from raydist.config.load import flatten
 from raydist.config.schema import RunConfig
@@ -17,6 +19,13 @@ FAIR_METRICS = ("validation/bound_nats_per_token", "validation/loss/ntp")
 
 SAMPLER_METRICS = ("accuracy", "tokens_per_forward", "forwards_per_token")
 """Of a sweep over samplers: the share of tokens that are those of the held-out text, and what a token costs."""
+
+_BETTER: dict[str, Literal["min", "max"]] = {
+    **dict.fromkeys(FAIR_METRICS, "min"),
+    "accuracy": "max",
+    "tokens_per_forward": "max",
+    "forwards_per_token": "min",
+}
 
 _PREFIX = "validation/"
 
@@ -40,6 +49,21 @@ class MetricConfig(StrictModel):
     name: str
     """As it is logged, e.g. validation/bound_nats_per_token."""
     mode: Literal["min", "max"] = "min"
+    """What is better: small or large values; default: max for accuracy and tokens_per_forward, min for all others."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mode_by_name(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "mode" not in value and isinstance(value.get("name"), str):
+            return {**value, "mode": _BETTER.get(value["name"], "min")}
+        return value
+
+    @model_validator(mode="after")
+    def _mode_is_meant(self) -> MetricConfig:
+        better = _BETTER.get(self.name, self.mode)
+        if self.mode != better:
+            raise ValueError(f"mode {self.mode} would rank the worst trial first: {self.name} wants {better}")
+        return self
 
 
 def reported_metrics(objective: Any, *, ids: TokenIds = _PROBE_IDS) -> frozenset[str]:
@@ -58,7 +82,7 @@ def reported_metrics(objective: Any, *, ids: TokenIds = _PROBE_IDS) -> frozenset
     from raydist.core.rows import Rows
     from raydist.core.terms import TermResult
 
-    built = objective.build(ids)
+    built = objective.build(ids).for_validation()
     rows_B, zeros_B = torch.arange(_PROBE_ROWS), torch.zeros(_PROBE_ROWS, dtype=torch.int64)
     shape = (_PROBE_ROWS, _PROBE_TOKENS)
     rows = Rows(
@@ -135,6 +159,16 @@ def check_metric(
                 known[word] = frozenset({bare})
         if bare not in known[word]:
             _refuse_unreported(metric, trial, objective.name, sorted(known[word] - {"loss"}))
+    sizes = sorted({config.training.batch_rows for config in configs})
+    if metric.name != FAIR_METRICS[1] and len(sizes) > 1:
+        key = related_key("training.batch_rows", [key for trial in trials for key in trial])
+        raise ConfigError(
+            "unfair trials: times and block sizes are drawn once a batch, so that other batches measure other draws",
+            where=f"space.{key}",
+            found=f"{metric.name} with batches of {' and '.join(map(str, sizes))} rows",
+            expected=f"one training.batch_rows, or {FAIR_METRICS[1]}, which needs no draws",
+            fix="take training.batch_rows out of the space, and set it under overrides",
+        )
     if metric.name not in FAIR_METRICS and len(known) > 1:
         raise ConfigError(
             f"unfair metric: `{metric.name}` is a mean over what the objective makes of the text, and the objective is varied",
@@ -154,8 +188,8 @@ def _refuse_unreported(metric: MetricConfig, trial: Mapping[str, Any], objective
         where="metric.name",
         found=f"{metric.name}, for objective {objective} with {label(trial) or 'no change'}",
         expected="one of " + ", ".join(names),
-        fix="a bound is reported where the loss is one: objective.loss=elbo for mixture paths, weighting=jump_rate for masks,\n"
-        "with times from the whole range"
+        fix="discrete_flow reports the bound with every loss and path, as long as its times are drawn from the whole range\n"
+        "(objective.time: {low: 0.0, high: 0.999}); paths that are no mixtures need a small vocabulary, such as bytes"
         if bound
         else nearest_hint(metric.name, names),
     )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, SerializeAsAny, field_validator, model_validator
 
 from raydist.config.base import StrictModel, nearest_hint
 from raydist.config.sweep_fairness import SAMPLER_METRICS, MetricConfig, check_metric_name
-from raydist.config.sweep_values import Distribution, parse_distribution
+from raydist.config.sweep_values import Choice, Distribution, parse_distribution
 from raydist.core.errors import ConfigError
 
-_OWN_BY_TRIAL = ("name", "output_dir", "tracking")
+OWN_BY_TRIAL = ("name", "output_dir", "tracking")
+"""First words of recipe keys that cannot be varied."""
 
 
 class SearchConfig(StrictModel):
@@ -130,7 +132,7 @@ def check_keys(config: SweepConfig) -> None:
     for section, keys in (("space", config.space), ("overrides", config.overrides)):
         for key in keys:
             own_key = key.split(".")[0]
-            if own_key in _OWN_BY_TRIAL and (section == "space" or own_key == "name"):
+            if own_key in OWN_BY_TRIAL and (section == "space" or own_key == "name"):
                 raise ConfigError(
                     "the sweep sets this key for each trial itself", where=f"{section}.{key}", fix="remove it"
                 )
@@ -147,14 +149,14 @@ def check_keys(config: SweepConfig) -> None:
                     found=key,
                     expected="keys of `sampling`, e.g. sampling.sampler.temperature",
                 )
-    twice = [key for key in config.space if key in config.overrides]
-    if config.budget.num_steps is not None:
-        twice += [key for key in ("training.num_steps",) if key in config.space or key in config.overrides]
-    if twice:
-        raise ConfigError(
-            "a key is set twice", where=f"space.{twice[0]}" if twice[0] in config.space else f"overrides.{twice[0]}",
-            found=f"{twice[0]} is varied and set for all trials, or set by the budget as well", fix="remove one of them",
-        )  # fmt: skip
+            if config.checkpoint is not None and section == "space" and key.split(".")[:2] != ["sampling", "sampler"]:
+                raise ConfigError(
+                    "the continuation says what is generated; only the sampler can be varied",
+                    where=f"space.{key}",
+                    found=key,
+                    expected="sampling.sampler or a key below it, e.g. sampling.sampler.temperature",
+                )
+    _refuse_twice(config)
     for metric in config.metric:
         if config.checkpoint is None:
             check_metric_name(metric)
@@ -166,3 +168,53 @@ def check_keys(config: SweepConfig) -> None:
                 expected="one of " + ", ".join(SAMPLER_METRICS),
                 fix=nearest_hint(metric.name, SAMPLER_METRICS),
             )
+
+
+def _refuse_twice(config: SweepConfig) -> None:
+    """Refuses a key that is set for all trials and replaced by what the space, or the budget, says."""
+    shared = dict(config.overrides)
+    if config.budget.num_steps is not None:
+        if "training.num_steps" in shared:
+            raise ConfigError(
+                "a key is set twice",
+                where="overrides.training.num_steps",
+                found="training.num_steps is set for all trials, and by the budget as well",
+                fix="remove one of them",
+            )
+        shared["training.num_steps"] = config.budget.num_steps
+    for key, value in shared.items():
+        for setter, distribution in config.space.items():
+            if not _replaces(setter, distribution, key, value):
+                continue
+            raise ConfigError(
+                "a key is set twice",
+                where=f"space.{setter}",
+                found=f"{key} is varied, and set for all trials or by the budget as well",
+                fix=f"remove {key} from one of them",
+            )
+
+
+def _replaces(own: str, distribution: Distribution, key: str, value: Any) -> bool:
+    """Whether a key of the space replaces what ``key`` sets for all trials: the same key, or a value with part of it."""
+    if own == key:
+        return True
+    if not key.startswith(own + ".") or not isinstance(distribution, Choice):
+        return False
+    paths = list(_leaves(value, key.removeprefix(own + ".").split(".")))
+    return any(_has(choice, path) for choice in distribution.choice for path in paths)
+
+
+def _leaves(value: Any, path: list[str]) -> Iterator[list[str]]:
+    """The paths of all that is set by a value under ``path``."""
+    if not isinstance(value, Mapping):
+        yield path
+        return
+    for key, item in value.items():
+        yield from _leaves(item, [*path, key])
+
+
+def _has(value: Any, path: Sequence[str]) -> bool:
+    """Whether a value says something about a path below it; anything but a mapping says all."""
+    if not path or not isinstance(value, Mapping):
+        return True
+    return path[0] in value and _has(value[path[0]], path[1:])

@@ -138,12 +138,13 @@ class Integer(Distribution):
         return list(self.integer)
 
 
-_KINDS: dict[str, type[Distribution]] = {
+KINDS: dict[str, type[Distribution]] = {
     "choice": Choice,
     "uniform": Uniform,
     "log_uniform": LogUniform,
     "integer": Integer,
 }
+"""As they are written in a sweep file."""
 
 
 def parse_distribution(value: Any, *, where: str) -> Distribution:
@@ -159,15 +160,15 @@ def parse_distribution(value: Any, *, where: str) -> Distribution:
     if isinstance(value, dict) and "grid" in value:
         value = {("choice" if name == "grid" else name): item for name, item in value.items()}
     names = [name for name in value if name != "when"] if isinstance(value, dict) else []
-    if len(names) != 1 or names[0] not in _KINDS:
+    if len(names) != 1 or names[0] not in KINDS:
         raise ConfigError(
             "not a distribution",
             where=where,
             found=json.dumps(value, default=str)[:200],
-            expected="a list of values, or one of " + ", ".join([*_KINDS, "grid"]),
-            fix=nearest_hint(names[0], _KINDS) if names else f"{where}: [{value}]",
+            expected="a list of values, or one of " + ", ".join([*KINDS, "grid"]),
+            fix=nearest_hint(names[0], KINDS) if names else f"{where}: [{value}]",
         )
-    distribution = validated(_KINDS[names[0]], value, prefix=where)
+    distribution = validated(KINDS[names[0]], value, prefix=where)
     words = [json.dumps(corner, sort_keys=True) for corner in distribution.corners]
     if len(set(words)) < len(words):
         twice = next(word for word in words if words.count(word) > 1)

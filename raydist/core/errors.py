@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from typing import Self
 
+_MAX_FIELD_LINES = 14
+_MAX_LINE_CHARS = 500
+
 
 class RaydistError(Exception):
     """A mistake that the user can mend.
@@ -57,14 +60,22 @@ class RaydistError(Exception):
         return type(self)(self.what, where=where, found=self.found, expected=self.expected, fix=self.fix)
 
     def __str__(self) -> str:
-        lines = [f"{type(self).__name__}: {self.what}"]
+        lines = [f"{type(self).__name__}: {' '.join(_clipped(self.what))}"]
         for label in ("where", "found", "expected", "fix"):
             text = getattr(self, label)
             if text is not None:
-                first, *rest = text.splitlines() or [""]
+                first, *rest = _clipped(text)
                 lines.append(f"  {label + ':':<10}{first}")
                 lines.extend(" " * 12 + line for line in rest)
         return "\n".join(lines)
+
+
+def _clipped(text: str) -> list[str]:
+    """A field's lines as they fit a screen: what was found in a damaged file may be anything."""
+    lines = [line if len(line) <= _MAX_LINE_CHARS else line[:_MAX_LINE_CHARS] + " ..." for line in text.splitlines()]
+    if len(lines) > _MAX_FIELD_LINES:
+        lines[_MAX_FIELD_LINES - 1 :] = [f"... and {len(lines) - _MAX_FIELD_LINES + 1} more lines"]
+    return lines or [""]
 
 
 def _rebuild(kind: type[RaydistError], fields: dict[str, str | None]) -> RaydistError:
@@ -92,12 +103,20 @@ class CheckpointError(RaydistError):
     """A checkpoint is incomplete or damaged."""
 
 
+class StorageError(RaydistError):
+    """A bucket cannot be reached, or refuses what was asked of it."""
+
+
 class ResumeError(RaydistError):
     """A run cannot go on from what is stored under its name."""
 
 
 class CapacityError(RaydistError):
     """Memory, disk or the cluster is too small for what was asked."""
+
+
+class ClusterError(RaydistError):
+    """A Ray cluster, or a job on it, does not answer or cannot be used."""
 
 
 class TrackingError(RaydistError):

@@ -16,7 +16,8 @@ class Rows:
     Attributes:
         step: the optimizer step the rows belong to.
         tokens_BS: token ids, int64 ``[B, S]``.
-        documents_BS: which document of the row a token belongs to, int32 ``[B, S]``, counting up from 0 in each row.
+        documents_BS: which document of the row a token belongs to, int16 or int32 ``[B, S]``, counting up from 0 in each
+            row: numbers to compare, not to calculate with.
         loss_mask_BS: False where a token must not be a target (prompts), bool ``[B, S]``; None if all may.
         rows_B: global row id, int64 ``[B]``, unique over all datasets of a mixture; keys the noise.
         epochs_B: how often the row was read before, int64 ``[B]``; keys the noise.

@@ -7,6 +7,7 @@ term is a sum over positions, ``sum_t weights[t] * cost_t``; the classes differ 
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Protocol, Self
 
@@ -87,6 +88,47 @@ class ElboTerm(HeadTerm):
     current_T: Tensor
     times_T: Tensor
     rates: TokenRates
+
+
+class TokenTransitions(Protocol):
+    """Rates ``u_t(y, x | x1)`` of any path (:mod:`raydist.paths`), for all clean tokens x1 at once: V^2 of them."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+
+    def tables(self, time: Tensor, *, current_G: Tensor) -> Iterator[Tensor]:
+        """For each current token x a table ``[V, V]``, x1 down and y across, with 0 where y is x.
+
+        Args:
+            time: a scalar in the dtype that the rates shall have.
+            current_G: tokens x.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathElboTerm(HeadTerm):
+    """The integrand of the negative evidence lower bound of any path with a velocity.
+
+    With ``P = softmax(logits_t)``, current token x, clean token y1, the path's rates ``u(y) = u_t(y, x | y1)`` and those
+    of the model ``v(y) = sum_x1 P[x1] u_t(y, x | x1)``::
+
+        cost_t = sum_{y != x} v(y) - u(y) + u(y) log(u(y) / v(y))
+
+    Shaul et al. 2025, arXiv 2412.03487; for mixture paths it is :class:`ElboTerm`, whose cost is linear in V where this
+    one's is quadratic.
+
+    Attributes:
+        targets_T: clean tokens y1, int64 ``[T]``.
+        current_T: tokens x of the noised sequence, int64 ``[T]``.
+        times_T: float32 ``[T]``; few different ones, because positions that share time and token share the work.
+        transitions: of the path.
+    """
+
+    targets_T: Tensor
+    current_T: Tensor
+    times_T: Tensor
+    transitions: TokenTransitions
 
 
 @dataclass(frozen=True, kw_only=True)

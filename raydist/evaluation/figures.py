@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#1b6ca8", "#d1495b", "#3a8f5c", "#8a5fb0", "#c98a1b", "#4d9ea8")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+"""Apart for every kind of colour vision (Okabe and Ito 2008)."""
 INK, MUTED, SPINE, FAINT = "#22262b", "#4a5158", "#9aa2ab", "#d9dde2"
 _PALEST, _DARKEST = 0.12, 0.95
 

@@ -23,6 +23,13 @@ _MAX_LEVEL_TICKS = 8
 _MIN_TICK_DISTANCE = 0.05
 _MAX_TICK_CHARS = 22
 _LEGEND_COLUMNS, _LEGEND_LINES = 40, 3
+_WORDS = {
+    "validation/bound_nats_per_token": "likelihood bound, nats per token",
+    "validation/loss/ntp": "next-token loss, nats per token",
+    "accuracy": "accuracy, share of tokens",
+    "tokens_per_forward": "tokens per forward",
+    "forwards_per_token": "forwards per token",
+}
 ABSENT = "\u2013"
 _ABSENT_TICK = "not set"
 ABSENT_POSITION = -0.13  # below a numeric axis, which goes from 0 to 1
@@ -277,9 +284,14 @@ def lanes(column: Column, trials: Sequence[str]) -> dict[str, float]:
     return placed
 
 
+def goal_words(goal: Goal) -> str:
+    """A metric in words, with its unit."""
+    return _WORDS.get(goal.metric, goal.metric)
+
+
 def goal_label(goal: Goal) -> str:
-    """A metric and which way is better."""
-    return f"{goal.metric}  ({'smaller' if goal.mode == 'min' else 'larger'} is better)"
+    """The same, and which way is better."""
+    return f"{goal_words(goal)}  ({'smaller' if goal.mode == 'min' else 'larger'} is better)"
 
 
 def clipped(text: str) -> str:

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MAX_IN_COLOUR = len(COLOURS)
+_MARKERS = "osD^vP"
 _START_SHARE = 0.1
+_MARGIN = 0.06
+_LOGARITHMIC_FROM_RATIO = 3.0
 
 
 def draw_trial_curves(records: Sequence[TrialRecord], goals: Sequence[Goal], path: str, title: str) -> None:
@@ -22,7 +25,8 @@ def draw_trial_curves(records: Sequence[TrialRecord], goals: Sequence[Goal], pat
 
     The best trials are in colour and named, the others grey. A ring ends a trial that was stopped, a cross one that failed
     or whose metric stopped being a number. The height holds :func:`raydist.evaluation.sweep_axes.robust_scale`
-    of all trials and the curve of the best one without the first tenth of its steps.
+    of all trials and the curve of the best one without the first tenth of its steps, on a logarithm where they lie far
+    apart.
 
     Args:
         records: all trials; those without a final value are named below the picture.
@@ -40,8 +44,8 @@ def draw_trial_curves(records: Sequence[TrialRecord], goals: Sequence[Goal], pat
         _fit_height(axes, ranked, goal)
         style_axes(axes)
         axes.locator_params(axis="x", integer=True)
-        axes.set_ylabel(goal_label(goal), color=INK)
-        axes.set_xlabel("step", color=INK)
+        axes.set_ylabel(goal_label(goal).replace("  ", "\n"), color=INK)
+        axes.set_xlabel("optimizer step", color=INK)
         _best_first_legend(axes)
     caption = _caption(records, goals)
     if caption:
@@ -57,11 +61,12 @@ def _draw_trial(axes: Axes, record: TrialRecord, *, goal: Goal, place: int, text
     points = _points(record, goal.metric)
     in_colour = place < _MAX_IN_COLOUR
     style: dict[str, Any] = {"color": COLOURS[place] if in_colour else FAINT, "linewidth": 2.2 if place == 0 else 1.3}
-    (line,) = axes.plot(*zip(*points, strict=True), **style, marker="o", markersize=3.5 if in_colour else 2.5)
+    marker = _MARKERS[place] if in_colour else "o"
+    (line,) = axes.plot(*zip(*points, strict=True), **style, marker=marker, markersize=4.0 if in_colour else 2.5)
     broken = record.state == "failed" or final_value(record, goal.metric) is None
     if broken or record.state == "stopped":
-        marker, colour = "x" if broken else "o", style["color"] if in_colour else SPINE
-        axes.plot(*points[-1], marker, markersize=6, markeredgewidth=1.4, color=colour, markerfacecolor="white")
+        end, colour = "x" if broken else "o", style["color"] if in_colour else SPINE
+        axes.plot(*points[-1], end, markersize=6, markeredgewidth=1.4, color=colour, markerfacecolor="white")
     if in_colour:
         state = "" if record.state == "finished" else f" ({record.state})"
         label = f"{format_number(points[-1][1])}  {text}{state}"
@@ -69,14 +74,25 @@ def _draw_trial(axes: Axes, record: TrialRecord, *, goal: Goal, place: int, text
 
 
 def _fit_height(axes: Axes, ranked: Sequence[TrialRecord], goal: Goal) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     scale = robust_scale(ranked, goal)
     if scale is None:
         return
     best = _points(ranked[0], goal.metric)
     start = _START_SHARE * best[-1][0]
     values = [scale.low, scale.high, *(value for step, value in best if step >= start)]
-    margin = 0.06 * ((max(values) - min(values)) or abs(values[0]) or 1.0)
-    axes.set_ylim(min(values) - margin, max(values) + margin)
+    low, high = min(values), max(values)
+    if low > 0 and high > _LOGARITHMIC_FROM_RATIO * low:
+        margin_ratio = (high / low) ** _MARGIN
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+        axes.yaxis.set_major_formatter(lambda value, _: format_number(value))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_ylim(low / margin_ratio, high * margin_ratio)
+        return
+    margin = _MARGIN * ((high - low) or abs(low) or 1.0)
+    axes.set_ylim(low - margin, high + margin)
 
 
 def _best_first_legend(axes: Axes) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from raydist.evaluation.figures import COLOURS, INK, MUTED, SPINE, new_figure, save_png, style_axes
@@ -18,7 +19,7 @@ from raydist.evaluation.sweep_axes import (
     goal_axis,
     goal_label,
 )
-from raydist.evaluation.sweep_records import Goal, TrialRecord, comparable, final_value
+from raydist.evaluation.sweep_records import Goal, TrialRecord, at_common_step, comparable, final_value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,16 +29,19 @@ _MAX_PANELS = 12
 _MAX_LEVEL_GROUPS = 8
 _NUM_QUANTILE_GROUPS = 4
 _MAX_TICK_CHARS_IN_A_ROW = 26
+_TICK_DISTANCE_PER_CHAR = 0.035  # of the axis
 _MARGIN = 0.12
-_KEY = "bar: median; line: trials that differ in this parameter alone; ring: did not finish, value of an earlier step"
+_KEY = "bar: median; line: trials that differ in this parameter alone"
 
 
 def draw_marginals(records: Sequence[TrialRecord], goals: Sequence[Goal], path: str, title: str) -> None:
-    """Writes a PNG with a panel a parameter and goal: the final value against the parameter, the strongest first.
+    """Writes a PNG with a panel a parameter and goal: the value against the parameter, the strongest first.
 
-    A bar is the median of the finished trials of a value; a title names the best and the worst of them. A thin line joins
-    finished trials that differ in this parameter alone: they share data and noise, so along it nothing else changes.
-    Rings did not finish. Values beyond the axis (:func:`raydist.evaluation.sweep_axes.goal_axis`) stand at its end.
+    Values are the final ones, or, where trials were stopped early, those of the last step at which all were measured. A
+    bar is the median of the trials of a value; a title names the best and the worst of them. A thin line joins
+    trials that differ in this parameter alone: they share data and noise, so along it nothing else changes.
+    Rings did not finish or were stopped later. Values beyond the axis (:func:`raydist.evaluation.sweep_axes.goal_axis`)
+    stand at its end.
 
     Args:
         records: all trials; those without a final value are left out.
@@ -46,6 +50,8 @@ def draw_marginals(records: Sequence[TrialRecord], goals: Sequence[Goal], path: 
         title: over the picture.
     """
     columns = columns_of(records)
+    unfinished = {record.name for record in records if record.state != "finished"}
+    records, step = at_common_step(records, goals)
     order = sorted(columns, key=lambda column: -effect(records, column, goals[0]))[:_MAX_PANELS]
     panels = [(goal, column) for goal in goals for column in order]
     num_per_row = max(1, min(_PANELS_PER_ROW, len(order)))
@@ -59,11 +65,24 @@ def draw_marginals(records: Sequence[TrialRecord], goals: Sequence[Goal], path: 
         row, place = divmod(index % len(order), num_per_row)
         axes = grid[row + rows_per_goal * goals.index(goal)][place]
         axes.set_axis_on()
-        _draw_marginal(axes, records, column=column, others=columns, goal=goal)
+        _draw_marginal(axes, records, column=column, others=columns, goal=goal, rings=unfinished)
         if place == 0:
             axes.set_ylabel(goal_label(goal).replace("  ", "\n"), fontsize=9, color=INK)
-    figure.supxlabel(_KEY if order else "no parameter varies", x=0.012, ha="left", fontsize=8.5, color=MUTED)
+    figure.supxlabel(
+        _key(step, has_rings=bool(unfinished)) if order else "no parameter varies",
+        x=0.012,
+        ha="left",
+        fontsize=8.5,
+        color=MUTED,
+    )
     save_png(figure, path)
+
+
+def _key(step: int | None, *, has_rings: bool) -> str:
+    """What the signs mean."""
+    if step is not None:
+        return f"all trials at step {step}, the last that all reached; ring: stopped then or later; {_KEY}"
+    return f"{_KEY}; ring: did not finish, value of an earlier step" if has_rings else _KEY
 
 
 def effect(records: Sequence[TrialRecord], column: Column, goal: Goal) -> float:
@@ -99,7 +118,13 @@ def _groups(records: Sequence[TrialRecord], column: Column, goal: Goal) -> list[
 
 
 def _draw_marginal(
-    axes: Axes, records: Sequence[TrialRecord], *, column: Column, others: Sequence[Column], goal: Goal
+    axes: Axes,
+    records: Sequence[TrialRecord],
+    *,
+    column: Column,
+    others: Sequence[Column],
+    goal: Goal,
+    rings: Collection[str],
 ) -> None:
     finished, axis = comparable(records, [goal]), goal_axis(records, goal)
     if axis is None:
@@ -107,9 +132,11 @@ def _draw_marginal(
     for names in _differ_here_alone(finished, column, others):
         line = sorted((column.position(name), value) for name, value in _values(finished, axis) if name in names)
         axes.plot(*zip(*line, strict=True), color=SPINE, linewidth=0.9, alpha=0.7, zorder=1)
-    _draw_dots(axes, finished, column=column, axis=axis, face=COLOURS[0])
-    waiting = [record for record in records if record.state in ("stopped", "running")]
-    _draw_dots(axes, waiting, column=column, axis=axis, face="none")
+    shown = [record for record in records if record.state in ("finished", "stopped", "running")]
+    _draw_dots(
+        axes, [record for record in shown if record.name not in rings], column=column, axis=axis, face=COLOURS[0]
+    )
+    _draw_dots(axes, [record for record in shown if record.name in rings], column=column, axis=axis, face="white")
     for positions, values in _groups(records, column, goal):
         if len(values) > 1:
             middle, median = statistics.fmean(positions), axis.clip(statistics.median(values))
@@ -136,8 +163,8 @@ def _draw_dots(axes: Axes, records: Sequence[TrialRecord], *, column: Column, ax
             "o",
             markersize=5.5,
             markerfacecolor=face,
-            markeredgecolor=COLOURS[0] if face == "none" else "white",
-            markeredgewidth=1.0 if face == "none" else 0.5,
+            markeredgecolor=COLOURS[0] if face == "white" else "white",
+            markeredgewidth=1.0 if face == "white" else 0.5,
             zorder=3,
         )
 
@@ -159,7 +186,11 @@ def _differ_here_alone(records: Sequence[TrialRecord], column: Column, columns: 
 
 def _label_levels(axes: Axes, ticks: Sequence[Tick]) -> None:
     axes.set_xlim(min([0.0, *(position for position, _ in ticks)]) - _MARGIN, 1.0 + _MARGIN)
-    turned = sum(len(text) for _, text in ticks) > _MAX_TICK_CHARS_IN_A_ROW
+    tight = any(
+        right[0] - left[0] < _TICK_DISTANCE_PER_CHAR * (len(left[1]) + len(right[1])) / 2
+        for left, right in itertools.pairwise(ticks)
+    )
+    turned = tight or sum(len(text) for _, text in ticks) > _MAX_TICK_CHARS_IN_A_ROW
     axes.set_xticks(
         [position for position, _ in ticks],
         [clipped(text) for _, text in ticks],

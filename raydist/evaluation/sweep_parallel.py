@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from raydist.evaluation.figures import INK, MUTED, SPINE, graded, new_figure, save_png
-from raydist.evaluation.sweep_axes import Tick, clipped, columns_of, goal_axis, lanes
-from raydist.evaluation.sweep_records import Goal, TrialRecord, final_value, ranking
+from raydist.evaluation.sweep_axes import Tick, clipped, columns_of, goal_axis, goal_words, lanes
+from raydist.evaluation.sweep_records import Goal, TrialRecord, at_common_step, final_value, ranking
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,8 +18,9 @@ def draw_parallel_coordinates(records: Sequence[TrialRecord], goals: Sequence[Go
     """Writes a PNG in which a trial is a line through its parameters to its final values.
 
     Goals are drawn with the best value on top and no further down than :func:`raydist.evaluation.sweep_axes.goal_axis`
-    goes. Colour is the first goal, dark is good; trials that did not finish are thin, grey and dotted, for their values are of
-    an earlier step.
+    goes. Colour is the first goal, dark is good; trials that did not finish are thin and dotted. Where trials were stopped
+    early, an axis before those of the final values has the values of the last step that all trials reached; stopped ones
+    end there. Where there is no such step they are grey, for their values are of an earlier one.
 
     Args:
         records: all trials; those without a final value are left out.
@@ -29,26 +30,36 @@ def draw_parallel_coordinates(records: Sequence[TrialRecord], goals: Sequence[Go
     """
     columns = columns_of(records)
     drawn = [record for record in ranking(records, goals[0].metric, goals[0].mode) if _is_drawn(record, goals)]
-    goal_axes = [axis for axis in (goal_axis(drawn, goal) for goal in goals) if axis is not None]
-    names = [*(column.label for column in columns), *(axis.goal.metric for axis in goal_axes)]
+    ends = [(axis, "", drawn) for axis in (goal_axis(drawn, goal) for goal in goals) if axis is not None]
+    then, step = at_common_step(drawn, goals)
+    if step is not None:
+        rung = [
+            (axis, f" at step {step}", then) for axis in (goal_axis(then, goal) for goal in goals) if axis is not None
+        ]
+        ends = [*rung, *ends]
+    names = [*(column.label for column in columns), *(goal_words(axis.goal) + when for axis, when, _ in ends)]
     figure = new_figure(title, width=max(8.5, 2.0 + 1.9 * len(names)), height=5.6)
     axes = figure.subplots()
     placed = [lanes(column, [record.name for record in drawn]) for column in columns]
     for place, record in reversed(list(enumerate(drawn))):
-        ends = [(axis, final_value(record, axis.goal.metric)) for axis in goal_axes]
+        is_cut = step is not None and record.state != "finished"
+        values = [
+            (axis, final_value(shown[place], axis.goal.metric)) for axis, when, shown in ends if when or not is_cut
+        ]
         heights = [
             *(positions[record.name] for positions in placed),
-            *(axis.position(value) for axis, value in ends if value is not None),
+            *(axis.position(value) for axis, value in values if value is not None),
         ]
-        _draw_line(axes, heights, style=_line_style(record, place=place, goodness=heights[len(columns)]))
-    ticks = [*(column.ticks() for column in columns), *(axis.ticks() for axis in goal_axes)]
+        goodness = heights[len(columns)] if step is not None or record.state == "finished" else None
+        _draw_line(axes, heights, style=_line_style(record, place=place, goodness=goodness))
+    ticks = [*(column.ticks() for column in columns), *(axis.ticks() for axis, _, _ in ends)]
     for index, name in enumerate(names):
         _draw_axis(axes, index, name=name, ticks=ticks[index], is_goal=index >= len(columns))
     lowest = min([0.0, *(position for axis_ticks in ticks for position, _ in axis_ticks)])
     axes.set_ylim(lowest - 0.08, 1.1)
     axes.set_xlim(-0.55, len(names) - 0.3)
     axes.set_axis_off()
-    figure.supxlabel(_line_key(records, drawn), x=0.012, ha="left", fontsize=8.5, color=MUTED)
+    figure.supxlabel(_line_key(records, drawn, step=step), x=0.012, ha="left", fontsize=8.5, color=MUTED)
     save_png(figure, path)
 
 
@@ -58,11 +69,12 @@ def _is_drawn(record: TrialRecord, goals: Sequence[Goal]) -> bool:
     )
 
 
-def _line_style(record: TrialRecord, *, place: int, goodness: float) -> dict[str, Any]:
+def _line_style(record: TrialRecord, *, place: int, goodness: float | None) -> dict[str, Any]:
+    colour = SPINE if goodness is None else graded(goodness)
     if record.state != "finished":
-        return {"edgecolor": SPINE, "linewidth": 1.0, "linestyle": (0, (1, 1.6)), "alpha": 0.9}
+        return {"edgecolor": colour, "linewidth": 1.1, "linestyle": (0, (1, 1.6)), "alpha": 0.9}
     return {
-        "edgecolor": graded(goodness),
+        "edgecolor": colour,
         "linewidth": 3.2 if place == 0 else 1.5,
         "alpha": 1.0 if place == 0 else 0.85,
     }
@@ -98,15 +110,14 @@ def _draw_axis(axes: Axes, index: int, *, name: str, ticks: Sequence[Tick], is_g
             zorder=4,
         )
     weight = "bold" if is_goal else "normal"
-    axes.text(
-        index, 1.08, name.replace("/", "/\n", 1), fontsize=9.5, color=INK, ha="center", va="bottom", weight=weight
-    )
+    lines = name.replace(", ", ",\n", 1).replace("/", "/\n", 1).replace(" at step", "\nat step")
+    axes.text(index, 1.08, lines, fontsize=9.5, color=INK, ha="center", va="bottom", weight=weight)
 
 
-def _line_key(records: Sequence[TrialRecord], drawn: Sequence[TrialRecord]) -> str:
+def _line_key(records: Sequence[TrialRecord], drawn: Sequence[TrialRecord], *, step: int | None) -> str:
     words = ["best value on top, dark is good, thick is the best trial"]
     if any(record.state != "finished" for record in drawn):
-        words.append("dotted: did not finish, value of an earlier step")
+        words.append("dotted: did not finish" + (", value of an earlier step" if step is None else ""))
     num_silent = len(records) - len(drawn)
     if num_silent:
         words.append(f"{num_silent} without a value are not drawn")

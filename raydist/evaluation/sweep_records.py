@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 TrialState = Literal["finished", "stopped", "failed", "running", "waiting"]
@@ -82,6 +82,35 @@ def ranking(records: Sequence[TrialRecord], metric: str, mode: Mode = "min") -> 
         return (1, -final_step(record, metric), goal.sign * value, record.name)
 
     return sorted(records, key=key)
+
+
+def at_common_step(records: Sequence[TrialRecord], goals: Sequence[Goal]) -> tuple[list[TrialRecord], int | None]:
+    """The trials as they were at the last step at which all of them were measured, so that early stopped ones count as well.
+
+    Returns:
+        The trials, as finished at that step, and the step; the trials unchanged and None where none was stopped or there is
+        no such step. Trials that failed, or have no value yet, do not hold the others back and stay as they are.
+    """
+    steps = {
+        record.name: set.intersection(*(_measured_steps(record, goal.metric) for goal in goals))
+        for record in records
+        if record.state != "failed"
+    }
+    measured = {name: found for name, found in steps.items() if found}
+    common = set.intersection(*measured.values()) if measured else set()
+    if not common or not any(record.state == "stopped" for record in records):
+        return list(records), None
+    last = max(common)
+    return [_as_of(record, last) if record.name in measured else record for record in records], last
+
+
+def _measured_steps(record: TrialRecord, metric: str) -> set[int]:
+    return {step for step, value in record.curve.get(metric, ()) if math.isfinite(value)}
+
+
+def _as_of(record: TrialRecord, last: int) -> TrialRecord:
+    curve = {metric: [point for point in points if point[0] <= last] for metric, points in record.curve.items()}
+    return replace(record, state="finished", curve=curve, num_steps=last)
 
 
 def comparable(records: Sequence[TrialRecord], goals: Sequence[Goal]) -> list[TrialRecord]:

@@ -48,7 +48,7 @@ class CrossEntropyCost(LogitCost):
     @override
     def values_and_gradient(self, logits_CV: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
         targets_C1 = self.targets_T[chunk, None]
-        probs_CV, log_total_C = _softmax(logits_CV)
+        probs_CV, log_total_C = softmax_and_log_total(logits_CV)
         losses_C = log_total_C - logits_CV.gather(1, targets_C1)[:, 0]
         return losses_C, probs_CV.scatter_add_(1, targets_C1, -probs_CV.new_ones(targets_C1.shape))
 
@@ -82,7 +82,7 @@ class ElboCost(LogitCost):
     def _evaluate(self, logits_CV: Tensor, chunk: slice, *, with_gradient: bool) -> tuple[Tensor, Tensor]:
         """The second value is the gradient, or the probabilities where no gradient is asked for."""
         targets_C1, current_C1 = self.targets_T[chunk, None], self.current_T[chunk, None]
-        probs_CV, log_total_C = _softmax(logits_CV)
+        probs_CV, log_total_C = softmax_and_log_total(logits_CV)
         rates_CU = self.rates.at(self.times_T[chunk]).to(probs_CV.dtype)
         differs_per_token = rates_CU.shape[1] > 1
         if differs_per_token:
@@ -103,7 +103,7 @@ class ElboCost(LogitCost):
         return losses_C1[:, 0], grad_logits_CV.scatter_add_(1, targets_C1, -leaving_C1)
 
 
-def _softmax(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
+def softmax_and_log_total(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
     """Probabilities ``[C, V]`` and ``log sum exp`` of the logits ``[C]``.
 
     The largest probability is ``1 / sum(exp(logits - largest))``, and at least 1 / V: its logarithm is accurate.

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from raydist.core.errors import ModelError
-from raydist.core.terms import CrossEntropyTerm, ElboTerm, HeadTerm, PoissonTerm, TermResult
+from raydist.core.terms import CrossEntropyTerm, ElboTerm, HeadTerm, PathElboTerm, PoissonTerm, TermResult
 from raydist.models.head_costs import CrossEntropyCost, ElboCost, LogitCost
 from raydist.models.linear_loss import linear_loss, linear_poisson
+from raydist.models.path_elbo import PathElboCost
 
 
 def evaluate_terms(hidden_BLD: Tensor, *, terms: Sequence[HeadTerm], heads: Mapping[str, Tensor]) -> list[TermResult]:
@@ -63,4 +64,8 @@ def _logit_cost(term: HeadTerm) -> LogitCost:
         return CrossEntropyCost(targets_T=term.targets_T)
     if isinstance(term, ElboTerm):
         return ElboCost(targets_T=term.targets_T, current_T=term.current_T, times_T=term.times_T, rates=term.rates)
+    if isinstance(term, PathElboTerm):
+        return PathElboCost(
+            targets_T=term.targets_T, current_T=term.current_T, times_T=term.times_T, transitions=term.transitions
+        )
     raise TypeError(f"no evaluation for a {type(term).__name__}")

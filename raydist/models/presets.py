@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from raydist.config.base import nearest_hint, unknown_key, validated
+from raydist.core.errors import ConfigError
 from raydist.models.config import DecoderConfig, Family, RopeScaling
 
 
@@ -101,3 +106,40 @@ PRESETS: dict[str, DecoderConfig] = {
     "qwen3-14b": _qwen3(layers=40, width=5120, hidden=17_408, heads=40),
     "qwen3-32b": _qwen3(layers=64, width=5120, hidden=25_600, heads=64),
 }
+
+
+def find(name: str) -> DecoderConfig:
+    """The decoder of a preset.
+
+    Raises:
+        ConfigError: no preset has the name.
+    """
+    if name not in PRESETS:
+        raise ConfigError(
+            "no such model",
+            where="model.preset",
+            found=name,
+            expected="a name of: raydist list models",
+            fix=nearest_hint(name, PRESETS),
+        )
+    return PRESETS[name]
+
+
+def changed(base: DecoderConfig, overrides: Mapping[str, Any], **extras: Any) -> DecoderConfig:
+    """A decoder with a recipe's ``model.overrides``, and with fields that no recipe sets.
+
+    Raises:
+        ConfigError: an override that is no field, or does not fit the others.
+    """
+    return validated(DecoderConfig, {**base.model_dump(), **overrides, **extras}, prefix="model.overrides")
+
+
+def require_fields(overrides: Mapping[str, Any]) -> None:
+    """Refuses overrides of what no decoder has, where the decoder itself is not known yet.
+
+    Raises:
+        ConfigError: an override that is no field.
+    """
+    for name in overrides:
+        if name not in DecoderConfig.model_fields:
+            raise unknown_key(name, DecoderConfig.model_fields, where=f"model.overrides.{name}")

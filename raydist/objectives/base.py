@@ -102,6 +102,13 @@ class Objective(ABC):
             metrics[f"loss/{result.term.name}"] = Mean(total=result.losses_T.sum(), count=count)
         return LossTerms(sums=sums, metrics=metrics)
 
+    def for_validation(self) -> Objective:
+        """What measures a model that this objective trains, where that is more than the loss.
+
+        The loss and the needs stay the same. A metric may be measured on more than the loss is.
+        """
+        return self
+
 
 class ObjectiveConfig(StrictModel, ABC):
     """The base of the configuration of an objective; a subclass is registered under its ``name``."""

@@ -7,7 +7,6 @@ Discrete Paths: A Kinetic-Optimal Perspective", arXiv 2412.03487, for the bound.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -19,28 +18,21 @@ from raydist.config.registries import OBJECTIVES, PATHS
 from raydist.core.errors import ConfigError
 from raydist.core.rng import RowRng
 from raydist.core.rows import Rows
-from raydist.core.terms import CrossEntropyTerm, ElboTerm, HeadTerm, TermResult
+from raydist.core.terms import HeadTerm, TermResult
 from raydist.core.token_ids import TokenIds
 from raydist.models.mask_spec import FullMask, document_positions
 from raydist.objectives.base import LossTerms, Mean, Needs, NoisedBatch, Objective, ObjectiveConfig
+from raydist.objectives.flow_bound import (
+    MAX_TABLE_TOKENS,
+    CrossEntropyPerToken,
+    PerToken,
+    bound_term,
+    covers_path,
+    has_bound,
+)
 from raydist.objectives.next_token import flat_positions, packed_documents
 from raydist.paths.base import Path, PathConfig
-from raydist.paths.schedules import Schedule
 from raydist.paths.time import TimeSampling
-
-
-@dataclass(frozen=True, kw_only=True)
-class _CrossEntropyPerToken(CrossEntropyTerm):
-    """Knows the tokens of its batch that are not given, an int64 scalar: not all of them carry loss."""
-
-    num_targets: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class _ElboPerToken(ElboTerm):
-    """The same for the bound."""
-
-    num_targets: Tensor
 
 
 class DiscreteFlow(Objective):
@@ -50,10 +42,15 @@ class DiscreteFlow(Objective):
     loss::
 
         ce:    sum_i weight_t -log P_i[x1_i]
-        elbo:  sum_i { sum_y lambda(y) P_i[y] - lambda(x_t) P_i[x_t] - 1[x_t != x1_i] lambda(x1_i) (1 + log P_i[x1_i]) }
+        elbo:  sum_i sum_{y != x_t} { v(y) - u(y) + u(y) log(u(y) / v(y)) }
 
-    with ``lambda = lambda_t`` the jump rates of the mixture path. The mean of the second over t bounds
-    ``-log p(x1)`` from above; for the mask source it equals the first with ``weight_t = lambda_t``.
+    with the path's rates ``u(y) = u_t(y, x_t | x1_i)`` and the model's, ``v(y) = sum_x1 P_i[x1] u_t(y, x_t | x1)``. The mean
+    of the second over t bounds ``-log p(x1)`` from above. For mixture paths with jump rates ``lambda = lambda_t`` it is ::
+
+        sum_i { sum_y lambda(y) P_i[y] - lambda(x_t) P_i[x_t] - 1[x_t != x1_i] lambda(x1_i) (1 + log P_i[x1_i]) }
+
+    and for the mask source the first with ``weight_t = lambda_t``. Validation measures the bound whatever the loss is
+    (:class:`MeasuredFlow`), wherever nearly all times are drawn.
 
     **Given positions** are data at every time and carry no loss: those that the coupling names, those that the loss mask
     excludes (prompts), and with ``shift`` the first token of each document, which no position precedes. In a row
@@ -103,15 +100,16 @@ class DiscreteFlow(Objective):
         }
         if self.needs.time:
             inputs["time_BL"] = time_B1
-        num_targets = (~given_BL if self.is_per_token else loss_BL).sum()
+        num_free = (~given_BL).sum()
+        num_targets = num_free if self.is_per_token else loss_BL.sum()
         targets = {
             "positions_T": flat_positions(loss_BL, row_stride=length, offset=-int(self.config.shift)),
             "targets_T": clean_BL[loss_BL],
-            "num_targets": num_targets,
+            "current_T": tokens_BL[loss_BL],
+            "times_T": time_B1.expand(-1, length)[loss_BL],
+            "num_targets": num_free,
         }
-        if self.config.loss == "elbo":
-            targets |= {"current_T": tokens_BL[loss_BL], "times_T": time_B1.expand(-1, length)[loss_BL]}
-        elif self.config.weighting == "jump_rate" and self.path.rates is not None:
+        if self.config.loss == "ce" and self.config.weighting == "jump_rate" and self.path.rates is not None:
             rates_BV = self.path.rates.at(time_B1[:, 0]).expand(-1, self.path.vocab_size)
             targets["weights_T"] = rates_BV.gather(1, clean_BL)[loss_BL]
         return NoisedBatch(inputs=inputs, counts={"targets": float(num_targets)}, targets=targets)
@@ -125,8 +123,12 @@ class DiscreteFlow(Objective):
     @property
     def is_bound(self) -> bool:
         """Whether the mean of the loss bounds the negative log-likelihood: nearly all times must be drawn."""
-        schedule = getattr(self.config.path, "schedule", None)
-        return self.is_per_token and self.config.time.covers(schedule if isinstance(schedule, Schedule) else None)
+        return self.is_per_token and covers_path(self.config.time, self.config.path, self.path)
+
+    def for_validation(self) -> DiscreteFlow:
+        """Itself where its loss is the bound or where there is none, else a :class:`MeasuredFlow`."""
+        measurable = has_bound(self.path) and covers_path(self.config.time, self.config.path, self.path)
+        return MeasuredFlow(self.config, path=self.path) if measurable and not self.is_bound else self
 
     def _given(self, rows: Rows, clean_BL: Tensor, documents_BL: Tensor, rng: RowRng) -> Tensor:
         """Positions that are data at every time."""
@@ -139,21 +141,40 @@ class DiscreteFlow(Objective):
 
     def terms(self, noised: NoisedBatch) -> list[HeadTerm]:
         """One term, ``ce`` or ``elbo``."""
-        if self.config.loss == "ce":
-            return [_CrossEntropyPerToken(name="ce", **noised.targets)]
-        rates = self.path.rates
-        assert rates is not None  # the configuration refuses other paths
-        return [_ElboPerToken(name="elbo", rates=rates, **noised.targets)]
+        if self.config.loss == "elbo":
+            return [bound_term(self.path, **noised.targets)]
+        known = {name: value for name, value in noised.targets.items() if name not in ("current_T", "times_T")}
+        return [CrossEntropyPerToken(name="ce", **known)]
 
     def combine(self, results: Sequence[TermResult]) -> LossTerms:
         """Adds to the base's metrics ``bound_nats_per_token`` where the loss is a bound."""
         loss = super().combine(results)
-        if not self.is_bound:
-            return loss
-        (result,) = results
-        assert isinstance(result.term, _CrossEntropyPerToken | _ElboPerToken)
-        bound = Mean(total=result.loss_sum.detach(), count=result.term.num_targets.to(result.loss_sum.dtype))
-        return LossTerms(sums=loss.sums, metrics={**loss.metrics, "bound_nats_per_token": bound})
+        return _with_bound(loss, results[0]) if self.is_bound else loss
+
+
+class MeasuredFlow(DiscreteFlow):
+    """The same loss, and beside it the bound of the likelihood, on the same draws: one more pass through the head.
+
+    So models that were trained with different losses, weights, schedules and paths are compared by one quantity.
+    """
+
+    def terms(self, noised: NoisedBatch) -> list[HeadTerm]:
+        """The loss and the bound. With masks for noise, tokens that are data count nothing in it."""
+        weights_T = None
+        if self.path.absorbing_id is not None and self.config.copy_loss:
+            weights_T = (noised.targets["current_T"] == self.path.absorbing_id).float()
+        return [*super().terms(noised), bound_term(self.path, **{**noised.targets, "weights_T": weights_T})]
+
+    def combine(self, results: Sequence[TermResult]) -> LossTerms:
+        """Adds ``bound_nats_per_token`` to what the loss reports."""
+        loss, bound = results
+        return _with_bound(super().combine([loss]), bound)
+
+
+def _with_bound(loss: LossTerms, result: TermResult) -> LossTerms:
+    assert isinstance(result.term, PerToken)
+    bound = Mean(total=result.loss_sum.detach(), count=result.term.num_targets.to(result.loss_sum.dtype))
+    return LossTerms(sums=loss.sums, metrics={**loss.metrics, "bound_nats_per_token": bound})
 
 
 @OBJECTIVES.register
@@ -164,7 +185,7 @@ class DiscreteFlowConfig(ObjectiveConfig):
     path: choice(PATHS, PathConfig) = Field(default_factory=lambda: {"name": "mixture"})  # type: ignore[valid-type]
     """From noise to data, with its source, schedule and coupling."""
     loss: Literal["ce", "elbo"] = "ce"
-    """ce: cross entropy, for every path; elbo: the bound of the likelihood, for mixture paths."""
+    """ce: cross entropy, for every path; elbo: the bound of the likelihood, for mixture paths and small vocabularies."""
     weighting: Literal["none", "jump_rate"] = "none"
     """Of ce: jump_rate multiplies by lambda_t = kappa'_t / (1 - kappa_t); with the mask source that is the bound."""
     copy_loss: bool = False
@@ -185,12 +206,20 @@ class DiscreteFlowConfig(ObjectiveConfig):
             ConfigError: the loss does not exist for this path, or the vocabulary lacks a mask id that the source needs.
         """
         path: Path = self.path.build(ids)
-        if path.rates is None and (self.loss == "elbo" or self.weighting == "jump_rate"):
+        if self.weighting == "jump_rate" and path.rates is None:
             raise ConfigError(
-                "this path has no jump rates: the bound is for mixture paths",
-                where="objective.loss" if self.loss == "elbo" else "objective.weighting",
-                found=f"{self.loss}, weighting {self.weighting}, with path {self.path.name}",
-                expected="ce without weighting, which trains every path",
-                fix="objective.loss=ce objective.weighting=none",
+                "this path has no jump rates: they are those of mixture paths",
+                where="objective.weighting",
+                found=f"jump_rate with path {self.path.name}",
+                expected="none, which trains every path",
+                fix="objective.weighting=none",
+            )
+        if self.loss == "elbo" and not has_bound(path):
+            raise ConfigError(
+                "the bound of this path needs the rates between all pairs of tokens",
+                where="objective.loss",
+                found=f"elbo with path {self.path.name} over {path.vocab_size} tokens",
+                expected=f"at most {MAX_TABLE_TOKENS} tokens, or a mixture path",
+                fix="objective.loss=ce, which trains every path",
             )
         return DiscreteFlow(self, path=path)

@@ -5,6 +5,7 @@ Source: Gat et al. 2025, "Corrector Sampling in Language Models", arXiv 2506.062
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -15,11 +16,11 @@ from raydist.config.registries import OBJECTIVES
 from raydist.core.rng import RowRng
 from raydist.core.rows import Rows
 from raydist.core.target_offsets import OFFSET_FEATURE, TargetOffsets
-from raydist.core.terms import CrossEntropyTerm, HeadTerm
+from raydist.core.terms import CrossEntropyTerm, HeadTerm, TermResult
 from raydist.core.token_ids import TokenIds
 from raydist.models.mask_spec import CausalMask, document_positions
-from raydist.objectives.base import Needs, NoisedBatch, Objective, ObjectiveConfig
-from raydist.objectives.next_token import flat_positions, next_token_targets, packed_documents
+from raydist.objectives.base import LossTerms, Needs, NoisedBatch, Objective, ObjectiveConfig
+from raydist.objectives.next_token import NextToken, flat_positions, next_token_targets, packed_documents
 from raydist.objectives.window_permutation import Permutation, leftmost_disjoint, permuted_order, windows_fit
 
 KINDS = ("ntp", "ptp", "skip")
@@ -104,11 +105,62 @@ class Resample(Objective):
             for name in KINDS
         ]
 
+    def for_validation(self) -> MeasuredResample:
+        """Also next-token prediction on the rows in order."""
+        return MeasuredResample(self.config, fixed_ids=self.fixed_ids)
+
     def _movable(self, rows: Rows) -> Tensor:
         movable_BS = ~torch.isin(rows.tokens_BS, torch.tensor(self.fixed_ids, dtype=torch.int64))
         movable_BS[:, 0] = False
         movable_BS[:, 1:] &= rows.documents_BS[:, 1:] == rows.documents_BS[:, :-1]
         return movable_BS if rows.loss_mask_BS is None else movable_BS & rows.loss_mask_BS
+
+
+class MeasuredResample(Resample):
+    """The same loss, and beside it next-token prediction on the same rows in order: twice the rows in a forward.
+
+    ``loss/ntp`` is that of the rows in order, over all their targets. So models that were trained with different windows are
+    compared by one quantity, which is also that of :class:`~raydist.objectives.next_token.NextToken`.
+    """
+
+    def corrupt(self, rows: Rows, rng: RowRng) -> NoisedBatch:
+        """The permuted rows, and behind them the rows in order."""
+        permuted, in_order = super().corrupt(rows, rng), NextToken().corrupt(rows, rng)
+        offsets_BL = permuted.inputs["features"][OFFSET_FEATURE]
+        ahead_BL = torch.full_like(offsets_BL, self.offsets.next_token_row)
+        documents_BL = in_order.inputs["mask"].documents_BL
+        return NoisedBatch(
+            inputs={
+                "tokens_BL": torch.cat([permuted.inputs["tokens_BL"], in_order.inputs["tokens_BL"]]),
+                "positions_BL": torch.cat([permuted.inputs["positions_BL"], in_order.inputs["positions_BL"]]),
+                "mask": CausalMask(
+                    length=offsets_BL.shape[1],
+                    documents_BL=None if documents_BL is None else documents_BL.repeat(2, 1),
+                ),
+                "features": {OFFSET_FEATURE: torch.cat([offsets_BL, ahead_BL])},
+            },
+            counts=permuted.counts,
+            targets={
+                **permuted.targets,
+                "in_order_positions_T": in_order.targets["positions_T"] + offsets_BL.numel(),
+                "in_order_targets_T": in_order.targets["targets_T"],
+            },
+        )
+
+    def terms(self, noised: NoisedBatch) -> list[HeadTerm]:
+        """Those of the loss, and ``ntp`` of the rows in order."""
+        in_order = CrossEntropyTerm(
+            name="ntp",
+            positions_T=noised.targets["in_order_positions_T"],
+            targets_T=noised.targets["in_order_targets_T"],
+        )
+        return [*super().terms(noised), in_order]
+
+    def combine(self, results: Sequence[TermResult]) -> LossTerms:
+        """The loss of the permuted rows; ``loss/ntp`` of the others."""
+        *permuted, in_order = results
+        loss, measured = super().combine(permuted), super().combine([in_order])
+        return LossTerms(sums=loss.sums, metrics={**loss.metrics, **measured.metrics})
 
 
 def target_kinds(order_BS: Tensor) -> Tensor:

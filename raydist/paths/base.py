@@ -17,7 +17,7 @@ from torch import Tensor
 from raydist.config.base import StrictModel, choice
 from raydist.config.registries import COUPLINGS
 from raydist.core.rng import RowRng
-from raydist.core.terms import TokenRates
+from raydist.core.terms import TokenRates, TokenTransitions
 from raydist.core.token_ids import TokenIds
 
 
@@ -116,6 +116,11 @@ class Path(ABC):
     @property
     def rates(self) -> TokenRates | None:
         """Jump rates for :class:`raydist.core.terms.ElboTerm`; None where the path is no mixture."""
+        return None
+
+    @property
+    def transitions(self) -> TokenTransitions | None:
+        """Rates for :class:`raydist.core.terms.PathElboTerm`; None where the path has :attr:`rates`."""
         return None
 
 

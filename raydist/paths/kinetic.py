@@ -8,7 +8,7 @@ p(z) >= 0`` satisfies the continuity equation ``p'(x) = sum_z [j(x, z) - j(z, x)
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -83,6 +83,19 @@ class KineticPath(Path):
     def step_rates(self, clean_N: Tensor, *, current_N: Tensor, start_N: Tensor, stop_N: Tensor) -> Tensor:
         """Expected jumps ``h u_t(., z | x1)`` of a step to every other token, ``[N, V]``."""
         return (stop_N - start_N)[:, None] * self.rates_at(clean_N, current_N=current_N, time_N=start_N)
+
+    @property
+    def transitions(self) -> KineticPath:
+        """The path itself."""
+        return self
+
+    def tables(self, time: Tensor, *, current_G: Tensor) -> Iterator[Tensor]:
+        """:meth:`rates_at` of all clean tokens, ``[V, V]`` for each current token; the laws are worked out once."""
+        clean_V = torch.arange(self.vocab_size, device=current_G.device)
+        laws_VV, derivatives_VV = self.laws_and_derivatives(clean_V, time.expand(self.vocab_size))
+        for current in current_G:
+            current_V = current.expand(self.vocab_size)
+            yield rates_from_path(laws_VV, derivatives_VV, current_N=current_V, rule=self._flux_rule)
 
     def probabilities(self, clean_X: Tensor, time_X: Tensor, *, start_X: Tensor | None = None) -> Tensor:
         """``[X, V]``."""

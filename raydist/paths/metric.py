@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -72,6 +73,14 @@ class MetricPath(KineticPath):
     def rates_at(self, clean_N: Tensor, *, current_N: Tensor, time_N: Tensor) -> Tensor:
         """The closed form."""
         return self._beta.derivative(time_N)[:, None] * self._rates_in_beta(clean_N, current_N, time_N)
+
+    def tables(self, time: Tensor, *, current_G: Tensor) -> Iterator[Tensor]:
+        """The closed form for all clean tokens."""
+        clean_V, time_V = torch.arange(self.vocab_size, device=current_G.device), time.expand(self.vocab_size)
+        distances_VV = self._distances(clean_V, time.dtype)
+        flux_VV = self._beta.derivative(time) * self._softmax(distances_VV, time_V)
+        for current in current_G:
+            yield (distances_VV[:, current, None] - distances_VV).clamp(min=0) * flux_VV
 
     def step_rates(self, clean_N: Tensor, *, current_N: Tensor, start_N: Tensor, stop_N: Tensor) -> Tensor:
         """The rates in beta times the step in beta."""

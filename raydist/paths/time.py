@@ -66,8 +66,13 @@ class TimeSampling(StrictModel):
         Args:
             schedule: of the path; None where it is not the same for all tokens, which then counts as linear.
         """
-        left = 1.0 - self.high if schedule is None else float(schedule.remaining(torch.tensor(self.high)))
-        return self.low == 0.0 and left <= _LARGEST_REST
+        return self.covers_all_but(
+            1.0 - self.high if schedule is None else float(schedule.remaining(torch.tensor(self.high)))
+        )
+
+    def covers_all_but(self, remaining: float) -> bool:
+        """The same, for the share of tokens that are noise at the latest time."""
+        return self.low == 0.0 and remaining <= _LARGEST_REST
 
     def _clipped(self, uniforms: Tensor) -> Tensor:
         times = self.low + (self.high - self.low) * uniforms.clamp(min=2.0**-25)

@@ -14,12 +14,13 @@ from raydist.core.log import get_logger
 from raydist.evaluation.curves import draw_curves
 from raydist.evaluation.sweep_records import TrialRecord, TrialState
 from raydist.tracking.jsonl import JsonlTracker, read_curve
-from raydist.tracking.mlflow_runs import RunHandle, start_run
+from raydist.tracking.mlflow_runs import EndStatus, RunHandle, start_run
 from raydist.tracking.sweep_runs import start_sweep_run, trial_tags
 from raydist.training import run_dir as layout
 from raydist.training.driver import dataset_inputs
 
 _SEND_EVERY_S = 5.0
+_END_STATUS: dict[TrialState, EndStatus] = {"failed": "FAILED", "waiting": "KILLED"}  # a waiting one can be resumed
 _log = get_logger(__name__)
 
 
@@ -64,9 +65,7 @@ class Bookkeeper:
             try:
                 job = self._jobs.get(timeout=_SEND_EVERY_S)
             except queue.Empty:
-                if not self._is_away:
-                    self._send()
-                continue
+                job = self._send
             if job is None:
                 return
             try:
@@ -75,10 +74,11 @@ class Bookkeeper:
                 _log.warning("a trial is not in MLflow in full: %s", error)
 
     def _send(self) -> None:
-        for handle in [self._parent, *self._open.values()]:
-            if handle.record is not None and not handle.send():
-                self._is_away = True  # said once; what waits is sent when a trial ends
-                return
+        if self._is_away:  # said once; what waits is sent when a trial ends
+            return
+        self._is_away = True
+        handles = [self._parent, *self._open.values()]
+        self._is_away = not all(handle.send() for handle in handles if handle.record is not None)
 
     def _begin(self, recipe: Recipe, run_dir: str) -> None:
         name = recipe.config.name or ""
@@ -100,22 +100,34 @@ class Bookkeeper:
             output_dir=output_dir,
             tags=trial_tags(self._parent, sweep=self._sweep, trial=record.name),
         )
-        handle.set_tags({"raydist.trial_state": record.state})
+        self._tag(handle, record.name, state=record.state)
         handle.finish("FAILED" if record.state == "failed" else "FINISHED")
 
     def _end(self, name: str, run_dir: str, *, state: TrialState) -> None:
-        pictures = storage.join(run_dir, layout.PICTURES)
-        storage.make_folder(pictures)
-        curves = read_curve(storage.join(run_dir, layout.METRICS))
-        if curves:
-            draw_curves(curves, path=os.path.join(pictures, "curves.png"), title=name)
-        handle = self._open.get(name)
-        if handle is None:
-            return
-        export = storage.join(run_dir, layout.EXPORT)
-        if storage.exists(export):
-            handle.log_artifact(export, folder="model")
+        handle = self._open.pop(name, None)
+        try:
+            _add_files(handle, name, run_dir)
+        finally:
+            if handle is not None:
+                self._tag(handle, name, state=state)
+                handle.finish(_END_STATUS.get(state, "FINISHED"))
+
+    def _tag(self, handle: RunHandle, name: str, *, state: TrialState) -> None:
+        """The state, and the parent once more: it had no id yet if MLflow was away when the trial began."""
+        if handle.run_id is not None and self._parent.run_id is None:
+            self._parent.send()
+        handle.set_tags({**trial_tags(self._parent, sweep=self._sweep, trial=name), "raydist.trial_state": state})
+
+
+def _add_files(handle: RunHandle | None, name: str, run_dir: str) -> None:
+    """A trial's model, and its curves."""
+    export = storage.join(run_dir, layout.EXPORT)
+    if handle is not None and storage.exists(export):
+        handle.log_artifact(export, folder="model")
+    pictures = storage.join(run_dir, layout.PICTURES)
+    storage.make_folder(pictures)
+    curves = read_curve(storage.join(run_dir, layout.METRICS))
+    if curves:
+        draw_curves(curves, path=os.path.join(pictures, "curves.png"), title=name)
+    if handle is not None:
         handle.log_artifact(pictures, folder="pictures")
-        handle.set_tags({"raydist.trial_state": state})
-        handle.finish("FAILED" if state == "failed" else "FINISHED")
-        self._open.pop(name)

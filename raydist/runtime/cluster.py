@@ -20,8 +20,14 @@ RAY_ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # after a node's loss Ray first waits so long for what it still believes in
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
 }
+
+
+def ray_environment() -> dict[str, str]:
+    """What this process tells Ray, for its actors in other processes: the user's own values where there are any."""
+    return {key: os.environ.get(key, value) for key, value in RAY_ENVIRONMENT.items()}
 
 
 @contextmanager
@@ -29,15 +35,15 @@ def connected(*, address: str | None, min_cpus: float = 1.0, num_cpus: int | Non
     """A Ray cluster to work on; an embedded one ends with the block, a connection made before stays.
 
     Args:
-        address: ``host:port``, ``ray://...`` or ``auto``; None starts Ray inside this process, bound to loopback.
+        address: ``host:port``, ``ray://...`` or ``auto``; None starts Ray inside this process: dashboard and jobs API on
+            loopback, and all its ports, which Ray binds to every interface, behind the token of the user's home.
         min_cpus: an embedded Ray offers at least so many logical CPUs, also where the machine has fewer.
         num_cpus: an embedded Ray offers exactly so many; None for those of the machine.
 
     Raises:
-        ConfigError: nobody answers at the address.
+        ConfigError: nobody answers at the address, or the cluster refuses this process.
     """
-    for key, value in RAY_ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
+    os.environ.update(ray_environment())
     quiet_libraries()
     import ray
 
@@ -64,6 +70,13 @@ def connected(*, address: str | None, min_cpus: float = 1.0, num_cpus: int | Non
                 found=" ".join(str(error).split())[:300],
                 fix="check the address, or leave --address away to use a Ray inside this process",
             ) from None
+        except (ray.exceptions.RayError, RuntimeError) as error:
+            raise ConfigError(
+                "the Ray cluster refuses this process",
+                where=f"--address {address}",
+                found=" ".join(str(error).split())[:300],
+                fix="a token: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE; else the same Ray and Python as the cluster's",
+            ) from None
     quiet_libraries()
     try:
         yield
@@ -84,7 +97,9 @@ def _require_listener(address: str) -> None:
 
 
 def require_capacity(scaling: ScalingConfig) -> None:
-    """Refuses a run that the connected cluster could never hold, which Ray would let wait for ever.
+    """Refuses a run that the connected cluster could not hold, which Ray would let wait for ever.
+
+    An elastic run needs room for its fewest workers only.
 
     Raises:
         CapacityError: with what is asked and what is there.
@@ -92,9 +107,10 @@ def require_capacity(scaling: ScalingConfig) -> None:
     import ray
 
     have = ray.cluster_resources()
-    need = {"CPU": scaling.num_workers * scaling.cpus_per_worker}
+    num_workers = scaling.min_workers or scaling.num_workers
+    need = {"CPU": num_workers * scaling.cpus_per_worker}
     if scaling.use_gpu:
-        need["GPU"] = float(scaling.num_workers)
+        need["GPU"] = float(num_workers)
     short = {name: amount for name, amount in need.items() if have.get(name, 0.0) < amount}
     if short:
         raise CapacityError(

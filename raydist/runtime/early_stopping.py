@@ -60,10 +60,33 @@ def make_scheduler(
     return scheduler
 
 
+def catch_up(scheduler: TrialScheduler, trial: Any, record: TrialRecord, metric: str) -> None:
+    """Tells of a trial that goes on after a restart of the sweep what it reported before.
+
+    Without it the trial's next value, of a later step, would count at the rungs that it has passed already. What was decided
+    on those values is not decided again: the trial goes on, and is judged by what it reports next.
+
+    Args:
+        scheduler: from :func:`make_scheduler`; has been told that the trial is there.
+        trial: what the scheduler knows the trial by now.
+        record: of the trial before the restart.
+        metric: what is compared.
+    """
+    for result in _results(record, metric):
+        if isinstance(scheduler, MedianStoppingRule):
+            scheduler._results[trial].append(result)
+        else:
+            scheduler.on_trial_result(None, trial, result)
+
+
+def _results(record: TrialRecord, metric: str) -> list[dict[str, Any]]:
+    return [{"step": step, metric: value} for step, value in record.curve.get(metric, [])]
+
+
 def _replay(scheduler: TrialScheduler, record: TrialRecord, metric: str) -> None:
     trial: Any = _PastTrial(record.name)
     scheduler.on_trial_add(None, trial)
-    results = [{"step": step, metric: value} for step, value in record.curve.get(metric, [])]
+    results = _results(record, metric)
     for result in results:
         if isinstance(scheduler, MedianStoppingRule) and trial in scheduler._stopped_trials:
             break

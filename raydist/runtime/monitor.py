@@ -16,6 +16,7 @@ class RunMonitor:
     def __init__(self) -> None:
         self._events: list[tuple[str, Any]] = []
         self._mistake: tuple[str, dict[str, str | None]] | None = None
+        self._stop_reason: str | None = None
 
     def add(self, kind: str, content: Any) -> None:
         """Appends an event."""
@@ -33,6 +34,14 @@ class RunMonitor:
     def mistake(self) -> tuple[str, dict[str, str | None]] | None:
         """Class name and fields of a :class:`RaydistError` that a worker raised, or None."""
         return self._mistake
+
+    def request_stop(self, reason: str | None) -> None:
+        """Asks the workers to save and to end their attempt; None takes the request back."""
+        self._stop_reason = reason
+
+    def stop_reason(self) -> str | None:
+        """Why the attempt is to end, or None."""
+        return self._stop_reason
 
 
 class MonitorHook(Hook):
@@ -53,6 +62,10 @@ class MonitorHook(Hook):
         """Sends the step."""
         self._monitor.add.remote("checkpoint", step)
 
+    def on_stored(self, step: int, upload_s: float) -> None:
+        """Sends the step and the time that storing took."""
+        self._monitor.add.remote("stored", (step, upload_s))
+
 
 def replay(events: Sequence[tuple[str, Any]], hooks: Sequence[Hook]) -> None:
     """Calls the driver's hooks as the loop called rank 0's."""
@@ -62,6 +75,8 @@ def replay(events: Sequence[tuple[str, Any]], hooks: Sequence[Hook]) -> None:
                 hook.on_start(RunFacts(**content))
             elif kind == "log":
                 hook.on_log(*content)
+            elif kind == "stored":
+                hook.on_stored(*content)
             else:
                 hook.on_checkpoint(content)
 

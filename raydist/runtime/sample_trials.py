@@ -14,8 +14,11 @@ from data_loaders.cache import NodeCache
 from data_loaders.gather import gather
 from data_loaders.mixture import DatasetWeight, open_mixture
 from data_loaders.tokenizer import Tokenizer
+from raydist.config.base import validated
+from raydist.config.load import merge
 from raydist.config.schema import RunConfig, SamplingConfig, ScalingConfig, TrackingConfig
 from raydist.config.sweep import Sweep
+from raydist.config.sweep_space import nested
 from raydist.core.errors import ConfigError, RaydistError
 from raydist.core.log import quiet_libraries
 from raydist.core.units import parse_bytes
@@ -85,6 +88,14 @@ class SampleTrials:
     rows: Sequence[Sequence[int]]
     trainable = SampleTrial
 
+    def check(self, parameters: Mapping[str, Any]) -> None:
+        """Refuses what is no sampler.
+
+        Raises:
+            ConfigError: naming the key that does not fit.
+        """
+        self._sampling(parameters)
+
     def share(self, parameters: Mapping[str, Any], nodes: Nodes) -> float:
         """One CPU of the cluster.
 
@@ -101,15 +112,17 @@ class SampleTrials:
         """What the actor needs to know."""
         continuation = self.sweep.config.continuation
         assert continuation is not None
-        sampling = self.sweep.sampling_of(parameters, defaults=read_meta(self.model_dir).get("sampling"))
         return {
             "model_dir": self.model_dir,
             "seed": self.sweep.config.search.seed,
-            "sampling": sampling.model_dump(mode="json"),
+            "sampling": self._sampling(parameters).model_dump(mode="json"),
             "rows": self.rows,
             "prompt_tokens": continuation.prompt_tokens,
             "new_tokens": continuation.new_tokens,
         }
+
+    def _sampling(self, parameters: Mapping[str, Any]) -> SamplingConfig:
+        return self.sweep.sampling_of(parameters, defaults=read_meta(self.model_dir).get("sampling"))
 
     def ended(self, record: TrialRecord) -> None:
         """Writes the trial's MLflow run."""
@@ -122,9 +135,15 @@ class SampleTrials:
 
 
 def tracking_of(sweep: Sweep) -> TrackingConfig:
-    """Where a sweep over samplers is tracked: its ``tracking`` overrides."""
-    values = {key.removeprefix("tracking."): value for key, value in sweep.config.overrides.items()}
-    return TrackingConfig(**{key: value for key, value in values.items() if key in TrackingConfig.model_fields})
+    """Where a sweep over samplers is tracked: its ``tracking`` overrides.
+
+    Raises:
+        ConfigError: one of them is unknown or does not fit.
+    """
+    values: dict[str, Any] = {}
+    for key, value in sweep.config.overrides.items():
+        values = merge(values, nested(key, value))
+    return validated(TrackingConfig, values.get("tracking") or {}, prefix="overrides.tracking")
 
 
 def output_dir_of(sweep: Sweep) -> str:
@@ -166,5 +185,5 @@ def read_rows(sweep: Sweep, *, model_dir: str) -> list[list[int]]:
             expected=f"at least {continuation.num_prompts}",
             fix="ask for fewer or shorter prompts",
         )
-    chunk = gather(mixture, np.arange(continuation.num_prompts))
+    (chunk,) = gather(mixture, np.arange(continuation.num_prompts), chunk_rows=continuation.num_prompts)
     return [[int(token) for token in row] for row in chunk.tokens_NS]

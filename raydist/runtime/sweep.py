@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from raydist.config.schema import TrackingConfig
 from raydist.config.sweep import Sweep
 from raydist.core import storage
+from raydist.core.errors import ConfigError, ResumeError
 from raydist.evaluation.sweep_records import Goal, TrialRecord, final_value, ranking
 from raydist.evaluation.sweep_report import write_report
 from raydist.models.hf import read_meta
@@ -16,12 +20,20 @@ from raydist.runtime.cluster import connected
 from raydist.runtime.sample_trials import SampleTrials, output_dir_of, read_rows, tracking_of
 from raydist.runtime.sweep_capacity import alive_nodes
 from raydist.runtime.sweep_dir import PICTURES, SPEC, TRIALS, SweepDir, open_sweep_dir
+from raydist.runtime.sweep_runner import SweepRunner
 from raydist.runtime.sweep_view import Kind, SweepView
 from raydist.runtime.train_trials import TrainTrials, check_sweep, require_room
-from raydist.runtime.tune import SweepRunner
+from raydist.serving.register import register_export
+from raydist.tracking.find import find_run
 from raydist.tracking.mlflow_runs import RunHandle
 from raydist.tracking.run_files import RunFiles
-from raydist.tracking.sweep_runs import register_model, start_sweep_run
+from raydist.tracking.sweep_runs import start_sweep_run
+from raydist.training.lease import DriverLease
+
+_RANKING = "ranking.json"
+_BEST = "best.json"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,6 +48,7 @@ class SweepOutcome:
         parent: the MLflow run of the sweep.
         best: the best finished trial; None if there is none.
         failures: why trials failed, by name.
+        has_more: its time was over before all trials were done.
         model_version: of the registered model, where that was asked for.
     """
 
@@ -46,6 +59,7 @@ class SweepOutcome:
     parent: RunHandle
     best: TrialRecord | None
     failures: dict[str, str]
+    has_more: bool
     model_version: int | None
 
 
@@ -105,54 +119,101 @@ def run_sweep(
         register: name of a registered model that the best trial becomes a version of.
 
     Raises:
-        RaydistError: a mistake in the sweep, a name in use, a cluster that no trial fits into, ...
+        RaydistError: a mistake in the sweep, a name in use, another driver of this sweep that is alive, a cluster that no
+            trial fits into, ...
     """
+    if register is not None and sweep.recipe is None:
+        raise ConfigError(
+            "a sweep over samplers trains nothing: there is no new model to register",
+            where="--register",
+            found=register,
+            fix=f"leave it out; to register the model itself: raydist export {sweep.config.checkpoint} --register {register}",
+        )
     subject = _Subject.of(sweep, model_dir=model_dir)
     with connected(address=address, min_cpus=subject.min_cpus):
         if sweep.recipe is not None:
             require_room(sweep, alive_nodes())
         folder = open_sweep_dir(sweep, output_dir=subject.output_dir, resume=resume)
-        parent = start_sweep_run(
-            folder.path,
-            name=sweep.name,
-            values=sweep.config.model_dump(mode="json"),
-            tracking=subject.tracking,
-            output_dir=subject.output_dir,
-            tags={"raydist.sweep": sweep.name},
-        )
-        books = Bookkeeper(parent, sweep=sweep.name)
-        kind = subject.trials(sweep, folder, books)
+        with _only_driver(folder.path):
+            folder = SweepDir(folder.path, name=sweep.name)  # with what a driver wrote that has ended meanwhile
+            runner, parent = _run_trials(sweep, folder, subject, view=view)
+    return _conclude(sweep, folder, runner, parent, model_dir=model_dir, register=register)
+
+
+@contextmanager
+def _only_driver(path: str) -> Iterator[None]:
+    """Holds a sweep's directory: two drivers would train each trial twice, in the same directories.
+
+    Raises:
+        ResumeError: on entry, another driver is alive.
+    """
+    with ExitStack() as stack:
         try:
-            runner = SweepRunner(sweep, folder=folder, kind=kind, view=view)
-            runner.run()
-        except BaseException as error:
-            killed = isinstance(error, KeyboardInterrupt)
-            books.close(killed=killed)
-            parent.finish("KILLED" if killed else "FAILED")
-            raise
-        books.close()
-    return _conclude(sweep, folder, runner.records, parent, register=register)
+            stack.enter_context(DriverLease(path))
+        except ResumeError as error:
+            raise ResumeError(
+                "another driver is running this sweep",
+                where=path,
+                found=error.found,
+                expected="one driver for each sweep",
+                fix="wait until it ends, or stop it, or give this sweep another name: name=...",
+            ) from None
+        yield
+
+
+def _run_trials(sweep: Sweep, folder: SweepDir, subject: _Subject, *, view: SweepView) -> tuple[SweepRunner, RunHandle]:
+    """Returns the runner of the trials, which have ended, and the MLflow run of the sweep, which has not."""
+    parent = start_sweep_run(
+        folder.path,
+        name=sweep.name,
+        values=sweep.config.model_dump(mode="json"),
+        tracking=subject.tracking,
+        output_dir=subject.output_dir,
+        tags={"raydist.sweep": sweep.name},
+    )
+    books = Bookkeeper(parent, sweep=sweep.name)
+    kind = subject.trials(sweep, folder, books)
+    try:
+        runner = SweepRunner(sweep, folder=folder, kind=kind, view=view)
+        runner.run()
+    except BaseException as error:
+        killed = isinstance(error, KeyboardInterrupt | SystemExit)  # Ray turns SIGTERM into SystemExit
+        books.close(killed=killed)
+        parent.finish("KILLED" if killed else "FAILED")
+        raise
+    books.close()
+    return runner, parent
 
 
 def _conclude(
-    sweep: Sweep, folder: SweepDir, records: Sequence[TrialRecord], parent: RunHandle, *, register: str | None
+    sweep: Sweep,
+    folder: SweepDir,
+    runner: SweepRunner,
+    parent: RunHandle,
+    *,
+    model_dir: str | None,
+    register: str | None,
 ) -> SweepOutcome:
+    """Writes what the sweep found, the table before anything that can fail."""
     goals = [Goal(metric.name, metric.mode) for metric in sweep.config.metric]
-    ranked = ranking(records, goals[0].metric, goals[0].mode)
+    ranked = ranking(runner.records, goals[0].metric, goals[0].mode)
     best = ranked[0] if ranked and ranked[0].state == "finished" else None
-    pictures = write_report(ranked, goals, folder=_made(folder.file(PICTURES)), title=sweep.name)
+    storage.write_json(folder.file(_RANKING), _table(ranked, goals))
+    pointer = None if best is None else _pointer(best, model_dir=model_dir)
+    if pointer is not None:
+        storage.write_json(folder.file(_BEST), pointer)
+    pictures = _draw(sweep, folder, ranked, goals)
+    _fill_parent(parent, folder, pointer)
     version = None
     if best is not None and best.run_dir is not None and register is not None:
-        version = register_model(RunHandle(RunFiles(best.run_dir)), name=register)
-    _fill_parent(parent, folder, ranked, goals)
+        export = storage.join(best.run_dir, "export")
+        version = register_export(find_run(best.run_dir), export=export, name=register).version
     failures = {entry.name: entry.failure for entry in folder.trials if entry.failure}
-    return SweepOutcome(folder, ranked, goals, pictures, parent, best, failures, version)
+    return SweepOutcome(folder, ranked, goals, pictures, parent, best, failures, runner.has_more, version)
 
 
-def _fill_parent(parent: RunHandle, folder: SweepDir, ranked: Sequence[TrialRecord], goals: Sequence[Goal]) -> None:
-    """Table, space, pictures, and the best trial's checkpoint by pointer."""
-    best = ranked[0] if ranked and ranked[0].state == "finished" else None
-    table = [
+def _table(ranked: Sequence[TrialRecord], goals: Sequence[Goal]) -> list[dict[str, Any]]:
+    return [
         {
             "trial": record.name,
             "state": record.state,
@@ -163,25 +224,39 @@ def _fill_parent(parent: RunHandle, folder: SweepDir, ranked: Sequence[TrialReco
         }
         for record in ranked
     ]
-    storage.write_json(folder.file("ranking.json"), table)
-    for name in (SPEC, TRIALS, "ranking.json"):
+
+
+def _pointer(best: TrialRecord, *, model_dir: str | None) -> dict[str, Any]:
+    """Where the best trial's model is; that of a sweep over samplers is the one that all its trials sampled."""
+    if model_dir is not None:
+        return {"trial": best.name, "model": model_dir}
+    assert best.run_dir is not None
+    return {
+        "trial": best.name,
+        "run_dir": best.run_dir,
+        "mlflow_run_id": RunHandle(RunFiles(best.run_dir)).run_id,
+        "checkpoints": storage.join(best.run_dir, "checkpoints"),
+        "model": storage.join(best.run_dir, "export"),
+    }
+
+
+def _draw(sweep: Sweep, folder: SweepDir, ranked: Sequence[TrialRecord], goals: Sequence[Goal]) -> list[str]:
+    """The pictures; none where they cannot be drawn, which is no reason to lose a sweep."""
+    pictures = folder.file(PICTURES)
+    storage.make_folder(pictures)
+    try:
+        return write_report(ranked, goals, folder=pictures, title=sweep.name)
+    except Exception as error:
+        _log.warning("the sweep has no pictures: %s", error)
+        return []
+
+
+def _fill_parent(parent: RunHandle, folder: SweepDir, pointer: Mapping[str, Any] | None) -> None:
+    """Table, space, pictures, and the best trial's model by pointer."""
+    for name in (SPEC, TRIALS, _RANKING):
         parent.log_artifact(folder.file(name))
     parent.log_artifact(folder.file(PICTURES), folder=PICTURES)
-    if best is not None and best.run_dir is not None:
-        best_run_id = RunHandle(RunFiles(best.run_dir)).run_id
-        pointer = {
-            "trial": best.name,
-            "run_dir": best.run_dir,
-            "mlflow_run_id": best_run_id,
-            "checkpoints": storage.join(best.run_dir, "checkpoints"),
-            "model": storage.join(best.run_dir, "export"),
-        }
-        storage.write_json(folder.file("best.json"), pointer)
-        parent.log_artifact(folder.file("best.json"))
+    if pointer is not None:
+        parent.log_artifact(folder.file(_BEST))
         parent.set_tags({f"raydist.best_{key}": str(value) for key, value in pointer.items() if value})
     parent.finish("FINISHED")
-
-
-def _made(folder: str) -> str:
-    storage.make_folder(folder)
-    return folder

@@ -43,6 +43,7 @@ class TrialEntry:
         seconds: wall-clock time over all attempts.
         metrics: the last values of the sweep's metrics.
         failure: why it failed, in words.
+        stages_s: seconds of the last attempt by stage, :data:`raydist.runtime.trial_stages.STAGES`.
     """
 
     index: int
@@ -53,6 +54,7 @@ class TrialEntry:
     seconds: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
     failure: str = ""
+    stages_s: dict[str, float] = field(default_factory=dict)
 
     @property
     def is_done(self) -> bool:
@@ -143,7 +145,7 @@ def open_sweep_dir(sweep: Sweep, *, output_dir: str, resume: bool) -> SweepDir:
     record_path = storage.join(path, RECORD)
     if resume:
         _require_same_sweep(sweep, record_path)
-    elif os.path.exists(storage.local_path(path)):
+    elif _is_in_use(storage.local_path(path)):
         is_sweep = storage.exists(record_path)
         raise ResumeError(
             "this sweep name is in use" if is_sweep else "this name is in use by something that is no sweep",
@@ -155,6 +157,11 @@ def open_sweep_dir(sweep: Sweep, *, output_dir: str, resume: bool) -> SweepDir:
         storage.write_bytes(storage.join(path, SPEC), dump_sweep(sweep).encode())
         storage.write_json(record_path, {"name": sweep.name, "sha256": sweep.sha256, "path": sweep.path})
     return SweepDir(path, name=sweep.name)
+
+
+def _is_in_use(path: str) -> bool:
+    """A folder with no more than the sweep's copy is of a driver that was killed before it had the name."""
+    return os.path.exists(path) and not (os.path.isdir(path) and set(os.listdir(path)) <= {SPEC})
 
 
 def _require_same_sweep(sweep: Sweep, record_path: str) -> None:

@@ -28,6 +28,9 @@ class Kind(Protocol):
 
     trainable: type[tune.Trainable]
 
+    def check(self, parameters: Mapping[str, Any]) -> None:
+        """Raises ConfigError where there can be no such trial."""
+
     def share(self, parameters: Mapping[str, Any], nodes: Sequence[Mapping[str, float]]) -> float:
         """The part of the cluster that a trial takes; raises CapacityError where it cannot fit."""
 

@@ -10,6 +10,7 @@ from data_loaders.manifest import read_manifest
 from raydist.config.load import Recipe, with_absolute_paths
 from raydist.config.schema import RunConfig
 from raydist.config.sweep import Sweep
+from raydist.config.sweep_values import Choice
 from raydist.core import storage
 from raydist.evaluation.sweep_records import TrialRecord
 from raydist.runtime.bookkeeper import Bookkeeper
@@ -18,7 +19,7 @@ from raydist.runtime.sweep_dir import SweepDir
 from raydist.runtime.trials import TrainTrial
 from raydist.tracking.mlflow_runs import resolve_uri
 from raydist.training.data import token_ids
-from raydist.training.run_dir import RECORD, prepare_run_dir
+from raydist.training.run_dir import RECORD, prepare_run_dir, record_config
 
 _ACTOR_MEMORY_BYTES = 256 * 1024**2
 
@@ -43,6 +44,14 @@ class TrainTrials:
         """The recipe that all trials start from."""
         assert self.sweep.recipe is not None
         return self.sweep.recipe.config
+
+    def check(self, parameters: Mapping[str, Any]) -> None:
+        """Refuses what is no recipe.
+
+        Raises:
+            ConfigError: naming the key that does not fit.
+        """
+        self.sweep.resolve_trial(parameters)
 
     def share(self, parameters: Mapping[str, Any], nodes: Nodes) -> float:
         """The part of the cluster that a trial takes.
@@ -76,18 +85,31 @@ class TrainTrials:
         recipe = self.recipe(index, parameters)
         known = storage.exists(storage.join(self.folder.trial_dir(index), RECORD))
         run_dir = prepare_run_dir(recipe, resume=known)
+        if known:
+            record_config(recipe, run_dir)
         self.books.begin(recipe, run_dir)
         return {
             "config": recipe.config.model_dump(mode="json"),
             "config_hash": recipe.config_hash,
             "recipe": recipe.path,
             "run_dir": run_dir,
+            "keep_workers": not _varies_the_process(self.sweep),
         }
 
     def ended(self, record: TrialRecord) -> None:
         """Closes the trial's books."""
         if record.run_dir is not None:
             self.books.end(record.name, record.run_dir, state=record.state)
+
+
+def _varies_the_process(sweep: Sweep) -> bool:
+    """Whether trials differ in where their workers run or in what a process keeps; they share no workers then."""
+    for key, distribution in sweep.config.space.items():
+        if key.split(".")[0] == "scaling" or key == "training.num_threads":
+            return True
+        if key == "training" and isinstance(distribution, Choice):
+            return any("num_threads" in value for value in distribution.choice)
+    return False
 
 
 def require_room(sweep: Sweep, nodes: Nodes) -> None:
@@ -99,8 +121,7 @@ def require_room(sweep: Sweep, nodes: Nodes) -> None:
     assert sweep.recipe is not None
     scalings = [sweep.recipe.config.scaling]
     if any(key.split(".")[0] == "scaling" for key in sweep.config.space):
-        trials = sweep.grid() if sweep.config.search.name == "grid" else sweep.space.covering()
-        scalings = [sweep.resolve_trial(trial).config.scaling for trial in trials]
+        scalings = [sweep.resolve_trial(trial).config.scaling for trial in sweep.foreseen_trials()]
     for scaling in dict.fromkeys(scalings):
         require_slots(scaling, nodes, where=f"{sweep.path}: scaling")
 

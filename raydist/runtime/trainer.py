@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Future, wait
+from typing import Any
 
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.constants import WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydist.config.load import Recipe, with_absolute_paths
-from raydist.config.schema import ScalingConfig
 from raydist.core import storage
 from raydist.core.errors import CapacityError
+from raydist.core.log import get_logger
 from raydist.runtime.cluster import connected, require_capacity
+from raydist.runtime.elastic import RunTrainer
 from raydist.runtime.monitor import RunMonitor, raise_mistake, replay
+from raydist.runtime.stopping import StopSignals
 from raydist.runtime.worker import worker_main
 from raydist.training.hooks import Hook
+from raydist.training.lease import holder_of
 from raydist.training.session import Outcome
 
 _POLL_S = 0.3
@@ -24,10 +32,13 @@ RAY_FOLDER = "ray"
 # Ray trains in a thread, and glibc gives a thread memory that it returns to the kernel whenever it is free: a fifth of a CPU
 # step. With one arena the thread shares the main one, which keep_freed_memory() tells to keep what it has.
 WORKER_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
+_log = get_logger(__name__)
 
 
 def train_on_ray(recipe: Recipe, *, run_dir: str, address: str | None = None, hooks: Sequence[Hook] = ()) -> Outcome:
     """Runs to the end on Ray Train workers, restarting them after failures from the newest complete checkpoint.
+
+    SIGTERM or Ctrl-C ends it earlier, with a checkpoint of the last step and ``Outcome.interrupted`` set.
 
     Args:
         recipe: the resolved recipe.
@@ -41,47 +52,77 @@ def train_on_ray(recipe: Recipe, *, run_dir: str, address: str | None = None, ho
     scaling = recipe.config.scaling
     with connected(address=address, min_cpus=scaling.num_workers * scaling.cpus_per_worker):
         require_capacity(scaling)
-        monitor = ray.remote(num_cpus=0)(RunMonitor).remote()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        monitor = ray.remote(num_cpus=0, scheduling_strategy=here)(RunMonitor).remote()  # no other node's loss takes it
         payload = {
             "config": with_absolute_paths(recipe.config).model_dump(mode="json"),
             "config_hash": recipe.config_hash,
             "recipe": recipe.path,
             "run_dir": run_dir,
+            "lease": holder_of(run_dir),
             "monitor": monitor,
         }
-        trainer = TorchTrainer(
-            worker_main,
-            train_loop_config=payload,
-            torch_config=TorchConfig(timeout_s=int(scaling.collective_timeout_s)),
-            scaling_config=ray_scaling(scaling),
-            run_config=ray.train.RunConfig(
-                name=RAY_FOLDER,
-                storage_path=run_dir if storage.is_remote(run_dir) else storage.local_path(run_dir),
-                failure_config=ray.train.FailureConfig(max_failures=scaling.max_failures),
-                worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
-            ),
-        )
-        with _Relay(monitor, hooks):
-            try:
-                result = trainer.fit()
-            except ray.train.WorkerGroupError as error:
-                raise_mistake(ray.get(monitor.mistake.remote()))
-                raise _gave_up(error, recipe) from None
-        raise_mistake(ray.get(monitor.mistake.remote()))
-        return Outcome(**result.return_value)
+        with _Relay(monitor, hooks), StopSignals(grace_s=scaling.stop_grace_s) as signals:
+            while True:
+                outcome = _fit(payload, recipe, signals)
+                if signals.reason is not None or not outcome.interrupted:
+                    return outcome
+                ray.get(monitor.request_stop.remote(None))
 
 
-def ray_scaling(scaling: ScalingConfig) -> ray.train.ScalingConfig:
-    """The workers of a run, in Ray's words."""
-    return ray.train.ScalingConfig(
-        num_workers=scaling.num_workers,
-        use_gpu=scaling.use_gpu,
-        resources_per_worker={"CPU": scaling.cpus_per_worker, **({"GPU": 1.0} if scaling.use_gpu else {})},
+def _fit(payload: dict[str, Any], recipe: Recipe, signals: StopSignals) -> Outcome:
+    """Trains until the run is done, or until its workers have saved and ended because nodes come or go.
+
+    Raises:
+        RaydistError: see :func:`train_on_ray`.
+        KeyboardInterrupt: the workers did not end within the grace after a signal.
+    """
+    monitor, run_dir, scaling = payload["monitor"], payload["run_dir"], recipe.config.scaling
+    trainer = RunTrainer(
+        worker_main,
+        config=recipe.config,
+        monitor=monitor,
+        train_loop_config=payload,
+        torch_config=TorchConfig(timeout_s=int(scaling.collective_timeout_s)),
+        run_config=ray.train.RunConfig(
+            name=RAY_FOLDER,
+            storage_path=run_dir if storage.is_remote(run_dir) else storage.local_path(run_dir),
+            failure_config=ray.train.FailureConfig(max_failures=scaling.max_failures),
+            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
+        ),
     )
+    os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(scaling.collective_timeout_s)
+    try:
+        result = _result_of(trainer, monitor, signals)
+    except ray.train.TrainingFailedError as error:
+        raise_mistake(ray.get(monitor.mistake.remote()))
+        raise _gave_up(error, recipe) from None
+    raise_mistake(ray.get(monitor.mistake.remote()))
+    return Outcome(**result.return_value)
+
+
+def _result_of(trainer: TorchTrainer, monitor: Any, signals: StopSignals) -> ray.train.Result:
+    """Fits in a thread, where Ray does not take Ctrl-C for itself, and passes a signal on to the workers."""
+    future: Future[ray.train.Result] = Future()
+
+    def fit() -> None:
+        try:
+            future.set_result(trainer.fit())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=fit, name="raydist-fit", daemon=True).start()
+    is_told = False
+    while not wait([future], timeout=_POLL_S).done:
+        if signals.reason is not None and not is_told:
+            monitor.request_stop.remote(f"the driver received {signals.reason}")
+            is_told = True
+        signals.raise_if_overdue()
+    return future.result()
 
 
 class _Relay:
-    """Polls the monitor in a thread and calls the driver's hooks."""
+    """Polls the monitor in a thread and calls the driver's hooks; trouble there costs what it would have said, not the run."""
 
     def __init__(self, monitor: object, hooks: Sequence[Hook]) -> None:
         self._monitor = monitor
@@ -98,9 +139,18 @@ class _Relay:
         self._thread.join()
 
     def _run(self) -> None:
+        is_failing = False
         while True:
             is_last = self._stopped.wait(_POLL_S)
-            replay(ray.get(self._monitor.take.remote()), self._hooks)  # type: ignore[attr-defined]
+            try:
+                replay(ray.get(self._monitor.take.remote()), self._hooks)  # type: ignore[attr-defined]
+                is_failing = False
+            except Exception as error:
+                if not is_failing:
+                    _log.warning(
+                        "progress is not passed on: %s: %s", type(error).__name__, " ".join(str(error).split())[:300]
+                    )
+                is_failing = True
             if is_last:
                 return
 

@@ -25,7 +25,6 @@ class _Desk:
         verdict: of that step.
         decided_step: the last step that was decided on.
         stopped: no further step is wanted.
-        failure: a mistake of the user's that a worker met, in words.
     """
 
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
@@ -33,7 +32,6 @@ class _Desk:
     verdict: asyncio.Future[bool] | None = None
     decided_step: int = 0
     stopped: bool = False
-    failure: str | None = None
 
 
 class TrialBoard:
@@ -91,15 +89,6 @@ class TrialBoard:
     async def end(self, name: str, outcome: Mapping[str, Any]) -> None:
         """The trial's workers are gone."""
         self._desks[name].events.put_nowait(("end", dict(outcome)))
-
-    async def set_failure(self, name: str, failure: str) -> None:
-        """Keeps the first mistake, which is the cause of the others."""
-        desk = self._desks[name]
-        desk.failure = desk.failure or failure
-
-    async def failure(self, name: str) -> str | None:
-        """A mistake of the user's that a worker met, or None."""
-        return self._desks[name].failure
 
     @staticmethod
     def _decide(desk: _Desk, *, stop: bool) -> None:

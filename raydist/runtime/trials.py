@@ -10,6 +10,8 @@ from ray import tune
 
 from raydist.config.schema import RunConfig
 from raydist.core.log import quiet_libraries
+from raydist.runtime.ray_internals import ENVIRONMENT, spare_workers
+from raydist.runtime.trial_stages import mark
 from raydist.runtime.trial_train import TrainingThread
 
 # A stopped trial ends by itself at its next report; a step and a checkpoint may lie before it.
@@ -24,12 +26,13 @@ class TrainTrial(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         """Starts the first trial."""
-        os.environ.update(config["environment"])
+        os.environ.update(config["environment"] | ENVIRONMENT)
         quiet_libraries()
+        self._spare = spare_workers()
         self._launch(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Starts the next trial once the workers of the last one are gone."""
+        """Starts the next trial once the last one is over."""
         self._finish()
         self._launch(new_config)
         return True
@@ -46,9 +49,14 @@ class TrainTrial(tune.Trainable):
 
     def cleanup(self) -> None:
         """Waits until the workers are gone."""
-        self._finish()
+        try:
+            self._finish()
+        finally:
+            self._spare.release()
 
     def _launch(self, config: dict[str, Any]) -> None:
+        self._marks: dict[str, float] = {}
+        mark(self._marks, "actor")
         self._name: str = config["name"]
         self._board: Any = ray.get_actor(config["board"])
         self._last: dict[str, Any] = {"step": 0}
@@ -59,13 +67,16 @@ class TrainTrial(tune.Trainable):
         self._training = TrainingThread(
             {**payload, "board": board},
             scaling=self._config_of_run.scaling,
+            spare=self._spare if config["keep_workers"] else None,
             on_end=lambda outcome: ray.get(board.end.remote(name, outcome)),
         )
 
     def _ended(self, outcome: dict[str, Any]) -> dict[str, Any]:
         failure = outcome.get("failure", "")
         state = "failed" if failure else "stopped" if outcome["stopped"] else "finished"
-        return {**self._last, "trial_state": state, "failure": failure, "done": True}
+        mark(self._marks, "release")
+        marks = self._marks | outcome.get("marks", {})
+        return {**self._last, "trial_state": state, "failure": failure, "marks": marks, "done": True}
 
     def _finish(self) -> None:
         """Ends what runs, at its next report.

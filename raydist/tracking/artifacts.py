@@ -1,8 +1,7 @@
 """Files of a run, with sizes and hashes that are checked when they come back.
 
 Each run carries ``raydist_artifacts.json``, a list of ``{name, size, sha256, uri}``. Files up to a limit are uploaded
-and have ``uri`` null; larger ones stay in storage and are pointed to. ``pull`` trusts neither side: a name may not
-leave the target folder, and a file takes its place only when size and hash are right.
+and have ``uri`` null; larger ones stay in storage and are pointed to. :mod:`raydist.tracking.pull` brings them back.
 """
 
 from __future__ import annotations
@@ -11,11 +10,11 @@ import dataclasses
 import fnmatch
 import json
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
 from raydist.config.base import nearest_hint
 from raydist.core import storage
@@ -28,7 +27,9 @@ if TYPE_CHECKING:
     from raydist.tracking.find import TrackedRun
 
 MANIFEST = "raydist_artifacts.json"
-_POINTER_SCHEMES = ("", "file", "s3", "gs", "abfs", "abfss", "az", "hdfs")
+CHECKPOINTS = "checkpoints"
+REGISTERED = "registered"
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,12 @@ def upload(client: MlflowClient, run_id: str, path: str, *, folder: str, max_byt
     return entries
 
 
+def point_to(client: MlflowClient, run_id: str, entries: Sequence[ArtifactFile], *, folder: str) -> None:
+    """Enters files that stay where they are in the run's manifest, in place of all that it had below ``folder``."""
+    others = [entry for entry in read_manifest(client, run_id) if not entry.name.startswith(f"{folder}/")]
+    _write_manifest(client, run_id, [*others, *entries])
+
+
 def _files_of(path: str, folder: str) -> list[tuple[str, str]]:
     """``(source, name in the run)`` of a file, or of each file below a folder."""
     prefix = f"{folder.strip('/')}/" if folder.strip("/") else ""
@@ -117,14 +124,24 @@ def read_manifest(client: MlflowClient, run_id: str) -> list[ArtifactFile]:
         return []
     with tempfile.TemporaryDirectory() as scratch:
         rows = storage.read_json(client.download_artifacts(run_id, MANIFEST, scratch))
+    return parse_entries(rows, where=f"run {run_id}: {MANIFEST}")
+
+
+def parse_entries(rows: Any, *, where: str) -> list[ArtifactFile]:
+    """The files that a list from outside describes.
+
+    Raises:
+        TrackingError: it is no list of files, or a name or hash in it is none.
+        RaydistError: a name would leave its folder.
+    """
     try:
         entries = [ArtifactFile(str(r["name"]), int(r["size"]), str(r["sha256"]), r["uri"]) for r in rows]
+        if any(not _SHA256.fullmatch(entry.sha256) or entry.size < 0 for entry in entries):
+            raise ValueError("a size or a hash is none")
     except (TypeError, KeyError, ValueError) as error:
-        raise TrackingError(
-            "the artifact list of the run is damaged", where=f"run {run_id}: {MANIFEST}", found=repr(error)
-        ) from None
+        raise TrackingError("the list of artifacts is damaged", where=where, found=repr(error)) from None
     for entry in entries:
-        storage.safe_name(entry.name, where=f"run {run_id}: {MANIFEST}")
+        storage.safe_name(entry.name, where=where)
     return entries
 
 
@@ -138,38 +155,8 @@ def list_artifacts(run: TrackedRun) -> list[ArtifactFile]:
         return read_manifest(server.connect(run.uri), run.run_id)
 
 
-def pull(run: TrackedRun, *, to: str, names: Sequence[str] | None = None) -> list[str]:
-    """Brings files of a run into a local folder and checks each one.
-
-    Files that are already there with the right hash are not fetched again, so a pull that broke off goes on.
-
-    Args:
-        run: the run.
-        to: local folder; made if it is not there.
-        names: names, folders or globs inside the run; None for all.
-
-    Returns:
-        Local paths of all chosen files.
-
-    Raises:
-        TrackingError: no such artifact, or what came is not what was logged.
-    """
-    entries = select(list_artifacts(run), names, where=f"run {run.name}")
-    target_root = storage.local_path(to)
-    os.makedirs(target_root, exist_ok=True)
-    paths = []
-    with server.explained(run.uri), server.patient_http():
-        client = server.connect(run.uri)
-        for entry in entries:
-            target = os.path.join(target_root, *entry.name.split("/"))
-            if not _is_there(target, entry):
-                _fetch(client, run, entry, target=target, root=target_root)
-            paths.append(target)
-    return paths
-
-
 def select(entries: Sequence[ArtifactFile], names: Sequence[str] | None, *, where: str) -> list[ArtifactFile]:
-    """The entries that any of the names, folders or globs means.
+    """The entries that any of the names, folders or globs means; None means all but checkpoints and registered copies.
 
     Raises:
         TrackingError: one of them means nothing, or there are no files at all.
@@ -177,7 +164,7 @@ def select(entries: Sequence[ArtifactFile], names: Sequence[str] | None, *, wher
     if not entries:
         raise TrackingError("the run has no artifacts", where=where, fix="raydist runs show says how far the run came")
     if names is None:
-        return list(entries)
+        return [entry for entry in entries if entry.name.split("/")[0] not in (CHECKPOINTS, REGISTERED)]
     chosen: dict[str, ArtifactFile] = {}
     for wanted in names:
         found = [e for e in entries if _matches(e.name, wanted.rstrip("/"))]
@@ -196,44 +183,3 @@ def select(entries: Sequence[ArtifactFile], names: Sequence[str] | None, *, wher
 
 def _matches(name: str, wanted: str) -> bool:
     return name == wanted or name.startswith(wanted + "/") or fnmatch.fnmatchcase(name, wanted)
-
-
-def _is_there(target: str, entry: ArtifactFile) -> bool:
-    return os.path.isfile(target) and os.path.getsize(target) == entry.size and storage.sha256(target) == entry.sha256
-
-
-def _fetch(client: MlflowClient, run: TrackedRun, entry: ArtifactFile, *, target: str, root: str) -> None:
-    with tempfile.TemporaryDirectory(prefix=".pull-", dir=root) as scratch:
-        if entry.uri is None:
-            arrived = client.download_artifacts(run.run_id, entry.name, scratch)
-        else:
-            arrived = os.path.join(scratch, "file")
-            storage.download_file(_checked_pointer(entry), arrived)
-        if not _is_there(arrived, entry):
-            raise TrackingError(
-                "an artifact is not what was logged",
-                where=f"{run.name}: {entry.uri or entry.name}",
-                found=f"{os.path.getsize(arrived)} bytes, sha256 {storage.sha256(arrived)[:16]}...",
-                expected=f"{entry.size} bytes, sha256 {entry.sha256[:16]}...",
-                fix="it was changed or damaged after it was logged; nothing was written",
-            )
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        os.replace(arrived, target)
-
-
-def _checked_pointer(entry: ArtifactFile) -> str:
-    """The address of a file outside MLflow, if storage may be asked for it."""
-    uri = entry.uri or ""
-    scheme = urlsplit(uri).scheme if "://" in uri else ""
-    if scheme not in _POINTER_SCHEMES or "::" in uri:
-        raise TrackingError(
-            "an artifact points to an address that is no storage",
-            where=entry.name,
-            found=uri,
-            expected="a path or s3://",
-        )
-    if not storage.exists(uri):
-        raise TrackingError(
-            "the file that an artifact points to is gone", where=entry.name, found=uri, fix="pull the others by --name"
-        )
-    return uri

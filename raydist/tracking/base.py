@@ -18,6 +18,9 @@ class Tracker(Protocol):
     def log_artifact(self, path: str, *, folder: str = "") -> None:
         """Records a file or folder, below ``folder`` of the run; it must stay where it is until the run has ended."""
 
+    def publish(self) -> None:
+        """Brings the metrics into the run directory where that is a bucket; raises StorageError if it cannot. Any thread."""
+
     def flush(self, *, timeout_s: float = 30.0) -> bool:
         """Waits until all that was logged has arrived; False if it had not in time."""
 

@@ -17,7 +17,7 @@ from raydist.tracking.run_files import RUN_RECORD, RunFiles
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-_MAX_RUNS = 1000
+MAX_RUNS = 1000
 _MAX_NAMES_SHOWN = 5
 
 
@@ -52,8 +52,16 @@ class TrackedRun:
     tags: dict[str, str]
 
 
-def list_runs(uri: str, *, experiment: str | None = None) -> list[TrackedRun]:
-    """The runs of an experiment, or of all, newest first.
+def list_runs(
+    uri: str, *, experiment: str | None = None, status: str | None = None, limit: int = MAX_RUNS
+) -> list[TrackedRun]:
+    """The runs of an experiment, or of all, newest first; one query, however many there are.
+
+    Args:
+        uri: server or database.
+        experiment: its name; None for all.
+        status: only runs in this state: RUNNING, FINISHED, FAILED or KILLED.
+        limit: most runs.
 
     Raises:
         TrackingError: the server is away, or has no such experiment.
@@ -67,7 +75,8 @@ def list_runs(uri: str, *, experiment: str | None = None) -> list[TrackedRun]:
             raise TrackingError(
                 "no such experiment", where=uri, found=experiment, expected="one of " + ", ".join(experiments.values())
             )
-        runs = client.search_runs(chosen, order_by=["attributes.start_time DESC"], max_results=_MAX_RUNS)
+        wanted = f"attributes.status = '{status}'" if status else ""
+        runs = client.search_runs(chosen, wanted, order_by=["attributes.start_time DESC"], max_results=limit)
         return [_tracked(run, uri, experiments.get(run.info.experiment_id, "")) for run in runs]
 
 
@@ -87,13 +96,15 @@ def find_run(
         TrackingError: there is none, with the nearest names; or the server is away.
     """
     places = [name_or_id, *([storage.join(output_dir, name_or_id)] if output_dir else [])]
-    record = next((record for record in map(_record_of, places) if record is not None), None)
-    if record is not None:
+    for place in places:
+        record = _record_of(place)
+        if record is None:
+            continue
         if record.run_id is None:
             raise TrackingError(
                 "the run has not reached MLflow yet",
-                where=storage.normalize(name_or_id),
-                fix=f"raydist runs sync {name_or_id}",
+                where=storage.normalize(place),
+                fix=f"raydist runs sync {place}",
             )
         return _by_id(record.run_id, record.uri)
     if uri is None:

@@ -121,23 +121,32 @@ def _last_attempt(path: str) -> int:
     return max((int(record.get("attempt", 0)) for record in read_records(path)), default=0)
 
 
+def read_history(path: str) -> list[dict[str, Any]]:
+    """The records of the history that was not rolled back, by step.
+
+    An attempt that went on from step s overrules everything that earlier attempts wrote for the steps from its first
+    record on, also steps that it has not reached yet.
+
+    Args:
+        path: ``metrics.jsonl``, local or remote; a missing file has no records.
+    """
+    kept: list[dict[str, Any]] = []
+    limit = math.inf
+    for records_of_attempt in reversed(_split_attempts(list(read_records(path)))):
+        kept.extend(record for record in records_of_attempt if record["step"] < limit)
+        limit = min(limit, min(record["step"] for record in records_of_attempt))
+    return sorted(kept, key=lambda record: record["step"])
+
+
 def read_curve(path: str) -> dict[str, Curve]:
     """The curves of a run: for each key ``(step, value)`` sorted by step, each step once.
 
-    An attempt that went on from step s overrules everything that earlier attempts wrote for the steps from its first
-    record on, also steps that it has not reached yet: those belong to a history that was rolled back.
-
     Args:
-        path: ``metrics.jsonl``, local or remote; a missing file has no curves.
+        path: ``metrics.jsonl``, local or remote; a missing file has no curves. What was rolled back is left out
+            (:func:`read_history`).
     """
-    records = list(read_records(path))
-    kept: list[dict[str, Any]] = []
-    limit = math.inf
-    for records_of_attempt in reversed(_split_attempts(records)):
-        kept.extend(record for record in records_of_attempt if record["step"] < limit)
-        limit = min(limit, min(record["step"] for record in records_of_attempt))
     curves: dict[str, dict[int, float]] = {}
-    for record in sorted(kept, key=lambda record: record["step"]):
+    for record in read_history(path):
         for key, value in metrics_of(record).items():
             curves.setdefault(key, {})[record["step"]] = value
     return {key: sorted(curve.items()) for key, curve in curves.items()}

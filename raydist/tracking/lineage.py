@@ -8,13 +8,18 @@ import json
 import os
 import platform
 import subprocess
+import tempfile
 from dataclasses import dataclass
 
-from raydist.tracking.params import redact_text
+from raydist.tracking.secrets import redact_source
 
 _LIBRARIES = ("torch", "ray", "mlflow", "pyarrow", "raydist")
 _MAX_DIFF_BYTES = 1 << 20
 _GIT_TIMEOUT_S = 10.0
+_FILES_OF_SECRETS = (
+    ".env", ".env.*", "*.env", "*.pem", "*.key", "*.p12", "*.pfx", "*.keystore", "*.tfvars", "*credential*", "*secret*",
+    "id_rsa*", "id_ed25519*", "id_ecdsa*", ".netrc", ".npmrc", ".pypirc", ".pgpass", ".htpasswd", "kubeconfig*",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,8 @@ class Source:
 
     Attributes:
         commit: hash of HEAD, or None outside of git.
-        diff: changes against HEAD, cut at 1 MiB, credentials blacked out; empty where the tree is clean.
+        diff: changes of tracked files against HEAD, cut at 1 MiB, without files that are made for secrets, credentials
+            blacked out; empty where the tree is clean.
         untracked: whether there are files that git neither knows nor ignores.
     """
 
@@ -42,27 +48,30 @@ def read_source(folder: str = ".") -> Source:
     commit = _git(folder, "rev-parse", "HEAD")
     if not commit:
         return Source(commit=None, diff="", untracked=False)
-    diff = _git(folder, "diff", "HEAD", "--no-color", "--no-ext-diff") or ""
+    diff = _diff(folder)
+    untracked = _git(folder, "ls-files", "--others", "--exclude-standard", "--directory")
+    return Source(commit=commit.strip(), diff=diff, untracked=bool(untracked))
+
+
+def _diff(folder: str) -> str:
+    excluded = [f":(top,exclude,icase,glob)**/{pattern}" for pattern in _FILES_OF_SECRETS]
+    options = ["--no-color", "--no-ext-diff", "--no-textconv"]
+    diff = _git(folder, "diff", *options, "HEAD", "--", ":(top)", *excluded, max_bytes=_MAX_DIFF_BYTES + 1) or ""
     if len(diff.encode()) > _MAX_DIFF_BYTES:
         diff = diff.encode()[:_MAX_DIFF_BYTES].decode(errors="ignore") + "\n[cut at 1 MiB]\n"
-    untracked = _git(folder, "ls-files", "--others", "--exclude-standard", "--directory")
-    return Source(commit=commit.strip(), diff=redact_text(diff), untracked=bool(untracked))
+    return redact_source(diff)
 
 
-def _git(folder: str, *arguments: str) -> str | None:
-    """Output of a git command, None where git or the repository is missing."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", folder, *arguments],
-            capture_output=True,
-            timeout=_GIT_TIMEOUT_S,
-            check=True,
-            text=True,
-            errors="replace",
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout
+def _git(folder: str, *arguments: str, max_bytes: int = -1) -> str | None:
+    """Output of a git command, its beginning where it is longer; None where git or the repository is missing."""
+    with tempfile.TemporaryFile() as output:
+        try:
+            command = ["git", "-C", folder, *arguments]
+            subprocess.run(command, stdout=output, stderr=subprocess.DEVNULL, timeout=_GIT_TIMEOUT_S, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        output.seek(0)
+        return output.read(max_bytes).decode(errors="replace")
 
 
 def versions() -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 The position up to which ``metrics.jsonl`` was sent, and the highest step sent per metric, are kept in a file that is
 replaced after each call. A step that an attempt repeats is not sent again. If the process dies between a call and its
-record, the server's own highest steps fill the gap.
+record, the server's own highest steps fill the gap. The first step and the start of each attempt become tags, which tell
+readers what a restart rolled back (:mod:`raydist.tracking.points`).
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from raydist.core import storage
 from raydist.core.log import get_logger
 from raydist.tracking import artifacts, jsonl, server
+from raydist.tracking.points import attempt_tags
 from raydist.tracking.record import RunRecord, load_record, save_record
 from raydist.tracking.run_files import ARTIFACT_SPOOL, RUN_RECORD, SENT_RECORD, RunFiles
 
@@ -38,12 +40,23 @@ class Sent:
         metrics_bytes: position in ``metrics.jsonl`` behind the last record sent.
         artifacts_bytes: position in the artifact spool behind the last artifact sent.
         last_steps: the highest step sent of each metric.
+        last_attempt: the newest attempt whose tags were set.
     """
 
     run_id: str | None = None
     metrics_bytes: int = 0
     artifacts_bytes: int = 0
     last_steps: dict[str, int] = field(default_factory=dict)
+    last_attempt: int = 0
+
+
+@dataclass
+class _Batch:
+    """What one call sends, and what the server has then."""
+
+    metrics: list[Metric]
+    tags: dict[str, str]
+    sent: Sent
 
 
 class Mirror:
@@ -59,7 +72,7 @@ class Mirror:
         self._tags = dict(tags or {})
         self._client: MlflowClient | None = None
         self._record: RunRecord | None = None
-        self._sent = _load_sent(files.path(SENT_RECORD))
+        self._sent = _within(_load_sent(files.path(SENT_RECORD)), files)
 
     @property
     def sent(self) -> Sent:
@@ -80,10 +93,12 @@ class Mirror:
         """
         client, record = self._contact()
         assert record.run_id is not None
-        for metrics, position, last_steps in self._batches():
-            for chunk in server.chunks(metrics, _METRICS_PER_CALL):
+        for batch in self._batches():
+            for chunk in server.chunks(batch.metrics, _METRICS_PER_CALL):
                 client.log_batch(record.run_id, metrics=chunk)
-            self._advance(replace(self._sent, metrics_bytes=position, last_steps=last_steps))
+            for key, value in batch.tags.items():
+                client.set_tag(record.run_id, key, value)
+            self._advance(batch.sent)
         for line, position in _lines(self._files.path(ARTIFACT_SPOOL), self._sent.artifacts_bytes):
             self._send_artifact(client, record, line)
             self._advance(replace(self._sent, artifacts_bytes=position))
@@ -112,36 +127,39 @@ class Mirror:
         self._client, self._record = client, record
         return client, record
 
-    def _batches(self) -> Iterator[tuple[list[Metric], int, dict[str, int]]]:
-        """Metrics to send, the position behind them and the highest steps with them."""
+    def _batches(self) -> Iterator[_Batch]:
+        """What waits, in the order it was logged."""
         from mlflow.entities import Metric
 
-        last_steps = dict(self._sent.last_steps)
-        batch: list[Metric] = []
-        position = self._sent.metrics_bytes
-        for line, end in _lines(self._files.path(jsonl.FILE_NAME), position):
-            record = jsonl.parse_line(line)
-            time_ms = int(1000 * float(record.get("time", 0))) if record else 0
-            fresh = []
-            for name, value in (jsonl.metrics_of(record) if record else {}).items():
-                key = metric_key(name)
-                if record and record["step"] > last_steps.get(key, -1):
-                    last_steps[key] = record["step"]
-                    fresh.append(Metric(key, value, time_ms, record["step"]))
-            if batch and len(batch) + len(fresh) > _METRICS_PER_CALL:
-                yield batch, position, _steps_of(batch, self._sent.last_steps)
-                batch = []
-            batch.extend(fresh)
-            position = end
-        if position > self._sent.metrics_bytes:
-            yield batch, position, last_steps
+        batch = _Batch([], {}, replace(self._sent, last_steps=dict(self._sent.last_steps)))
+        for line, end in _lines(self._files.path(jsonl.FILE_NAME), self._sent.metrics_bytes):
+            record = jsonl.parse_line(line) or {}
+            step, time_ms = record.get("step", -1), int(1000 * float(record.get("time", 0)))
+            values = {metric_key(name): value for name, value in jsonl.metrics_of(record).items()}
+            known = batch.sent.last_steps
+            fresh = [Metric(key, value, time_ms, step) for key, value in values.items() if step > known.get(key, -1)]
+            if batch.metrics and len(batch.metrics) + len(fresh) > _METRICS_PER_CALL:
+                yield batch
+                batch = _Batch([], {}, replace(batch.sent, last_steps=dict(batch.sent.last_steps)))
+            batch.metrics.extend(fresh)
+            batch.sent.last_steps.update((metric.key, step) for metric in fresh)
+            attempt = int(record.get("attempt", 0))
+            if attempt > batch.sent.last_attempt:
+                batch.tags |= attempt_tags(attempt, first_step=step, start_time_ms=time_ms)
+            batch.sent = replace(batch.sent, metrics_bytes=end, last_attempt=max(attempt, batch.sent.last_attempt))
+        if batch.sent.metrics_bytes > self._sent.metrics_bytes:
+            yield batch
 
     def _send_artifact(self, client: MlflowClient, record: RunRecord, line: bytes) -> None:
         entry = json.loads(line)
+        assert record.run_id is not None
+        if "pointers" in entry:
+            pointers = [artifacts.ArtifactFile(**pointer) for pointer in entry["pointers"]]
+            artifacts.point_to(client, record.run_id, pointers, folder=entry["folder"])
+            return
         if not storage.exists(entry["path"]):
             _log.warning("an artifact vanished before it was sent to MLflow: %s", entry["path"])
             return
-        assert record.run_id is not None
         artifacts.upload(
             client,
             record.run_id,
@@ -156,13 +174,6 @@ class Mirror:
             self._sent = sent
 
 
-def _steps_of(batch: list[Metric], before: dict[str, int]) -> dict[str, int]:
-    steps = dict(before)
-    for metric in batch:
-        steps[metric.key] = max(metric.step, steps.get(metric.key, metric.step))
-    return steps
-
-
 def metric_key(name: str) -> str:
     """A metric name in the characters and length that every MLflow store takes."""
     return re.sub(r"[^\w\-. :/]", "_", name)[:_MAX_KEY_CHARS]
@@ -170,10 +181,18 @@ def metric_key(name: str) -> str:
 
 def spool_artifact(files: RunFiles, path: str, *, folder: str) -> None:
     """Notes an artifact for the mirror to send."""
-    line = json.dumps({"path": storage.normalize(path), "folder": folder})
+    _append(files, {"path": storage.normalize(path), "folder": folder})
+
+
+def spool_pointers(files: RunFiles, pointers: Sequence[artifacts.ArtifactFile], *, folder: str) -> None:
+    """Notes files that stay where they are, in place of all below ``folder``."""
+    _append(files, {"pointers": [asdict(pointer) for pointer in pointers], "folder": folder})
+
+
+def _append(files: RunFiles, entry: Mapping[str, Any]) -> None:
     os.makedirs(files.folder, exist_ok=True)
     with open(files.path(ARTIFACT_SPOOL), "a", encoding="utf-8") as stream:
-        stream.write(line + "\n")
+        stream.write(json.dumps(entry) + "\n")
 
 
 def _lines(path: str, position: int) -> Iterator[tuple[bytes, int]]:
@@ -187,6 +206,20 @@ def _lines(path: str, position: int) -> Iterator[tuple[bytes, int]]:
                 return
             position += len(line)
             yield line, position
+
+
+def _within(sent: Sent, files: RunFiles) -> Sent:
+    """Positions that the files reach: one behind its file's end is of another copy of it, and says nothing of this one."""
+
+    def position(name: str, stated: int) -> int:
+        path = files.path(name)
+        return stated if stated <= (os.path.getsize(path) if os.path.exists(path) else 0) else 0
+
+    return replace(
+        sent,
+        metrics_bytes=position(jsonl.FILE_NAME, sent.metrics_bytes),
+        artifacts_bytes=position(ARTIFACT_SPOOL, sent.artifacts_bytes),
+    )
 
 
 def _load_sent(path: str) -> Sent:

@@ -14,9 +14,10 @@ from raydist.core import storage
 from raydist.core.errors import ConfigError, TrackingError
 from raydist.core.log import get_logger
 from raydist.core.units import parse_bytes
-from raydist.tracking import server
+from raydist.tracking import jsonl, server
+from raydist.tracking.artifacts import ArtifactFile
 from raydist.tracking.lineage import lineage_tags, read_source
-from raydist.tracking.mirror import Mirror, spool_artifact
+from raydist.tracking.mirror import Mirror, spool_artifact, spool_pointers
 from raydist.tracking.params import flat_params
 from raydist.tracking.record import RUNNING, DatasetInput, RunRecord, load_record, save_record
 from raydist.tracking.run_files import RUN_RECORD, RunFiles
@@ -106,6 +107,11 @@ class RunHandle:
             spool_artifact(self._files, path, folder=folder)
             self._deliver()
 
+    def point_to(self, pointers: Sequence[ArtifactFile], *, folder: str) -> None:
+        """Lets the run point to files that stay in storage, in place of all it had below ``folder``; the next sync sends it."""
+        if self.record is not None:
+            spool_pointers(self._files, pointers, folder=folder)
+
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Sets tags of the run if the server is there; they are no part of what a later sync sends."""
         record = self.record
@@ -131,12 +137,16 @@ class RunHandle:
         if record is not None:
             ended = replace(record, status=status, end_time_ms=int(1000 * time.time()))
             save_record(ended, path=self._files.path(RUN_RECORD))
+            if os.path.exists(self._files.path(jsonl.FILE_NAME)):
+                spool_artifact(self._files, storage.join(self._files.run_dir, jsonl.FILE_NAME), folder="")
         return self._deliver()
 
     def _deliver(self) -> bool:
         if self.record is None:
-            self._files.publish()
-            return True
+            return self._publish()
+        # what is sent from the bucket has to be there before
+        if not self._publish(refresh=True):
+            return False
         try:
             _synchronise(self._files)
         except Exception as error:  # MLflow lets errors of many libraries through; the run itself is safe on disk
@@ -144,8 +154,19 @@ class RunHandle:
             command = f"raydist runs sync {self._files.run_dir}"
             _log.warning("MLflow is away (%s); the run is kept and can be sent later: %s", reason, command)
             return False
-        finally:
+        return self._publish()
+
+    def _publish(self, *, refresh: bool = False) -> bool:
+        """Brings the files here and in the bucket together; a bucket that is away ends no run, nor hides how it ended."""
+        try:
+            if refresh:
+                self._files.refresh()
             self._files.publish()
+        except Exception as error:  # an outage has many types
+            reason = server.short_reason(error)
+            command = f"raydist runs sync {self._files.run_dir}"
+            _log.warning("the run directory is away (%s); send the run later, from this machine: %s", reason, command)
+            return False
         return True
 
 

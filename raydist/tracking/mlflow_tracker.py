@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from raydist.core import storage
 from raydist.core.log import get_logger
@@ -69,17 +70,17 @@ class RunTracker:
     def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
         """Writes one line; with the machine's load, where a new sample of it is due."""
         values = {**metrics, **(self._sampler.sample() if self._sampler else {})}
-        try:
+        with self._without_disk():
             self._jsonl.log_metrics(values, step=step)
-        except OSError as error:
-            if not self._disk_failed:
-                _log.warning("metrics cannot be written, training goes on without them: %s", error)
-            self._disk_failed = True
 
     def log_artifact(self, path: str, *, folder: str = "") -> None:
         """Notes a file or folder for the thread to upload; without an MLflow run it just stays where it is."""
         if self._mirrored:
             spool_artifact(self._files, path, folder=folder)
+
+    def publish(self) -> None:
+        """Uploads what the bucket lacks, from whatever thread; a resume on another node then finds every metric."""
+        self._files.publish()
 
     def flush(self, *, timeout_s: float = 30.0) -> bool:
         """Waits until MLflow has all that was logged; False if it had not in time, or is away."""
@@ -88,7 +89,18 @@ class RunTracker:
     def close(self, *, timeout_s: float = 30.0) -> None:
         """Flushes and ends the thread; what could not be sent stays in the run directory."""
         self._sender.close(timeout_s=timeout_s)
-        self._jsonl.close()
+        with self._without_disk():  # what a full disk did not take is tried once more here
+            self._jsonl.close()
+
+    @contextmanager
+    def _without_disk(self) -> Iterator[None]:
+        """A disk that takes nothing is said once and ends no training."""
+        try:
+            yield
+        except OSError as error:
+            if not self._disk_failed:
+                _log.warning("metrics cannot be written, training goes on without them: %s", error)
+            self._disk_failed = True
 
 
 class Sender:
@@ -107,7 +119,8 @@ class Sender:
         self._asked_rounds = 0
         self._caught_up = True
         self._closing = False
-        self._warned = False
+        self._outages = _Outages()
+        self._is_published = True
         self._published_at = time.monotonic()
         self._thread: threading.Thread | None = None
         if mirror is not None or storage.is_remote(files.run_dir):
@@ -156,19 +169,50 @@ class Sender:
                 self._state.wait_for(lambda: self._closing or self._rounds < self._asked_rounds, wait_s)
 
     def _round(self, *, asked: bool) -> bool:
-        """Sends and publishes once; failures are for the next round."""
+        """Publishes and sends once; failures are for the next round.
+
+        The run directory comes first and does not wait for MLflow: it is what a resume on another node goes on from.
+        """
+        if asked or time.monotonic() - self._published_at >= _PUBLISH_S:
+            self._publish()
+        sent = self._send()
+        return (self._publish() if asked else self._is_published) and sent
+
+    def _publish(self) -> bool:
+        self._published_at = time.monotonic()
+        try:
+            self._files.publish()
+        except Exception as error:  # an outage of any kind must not reach the training thread
+            self._outages.begin("the run directory", error)
+            self._is_published = False
+        else:
+            self._outages.end("the run directory")
+            self._is_published = True
+        return self._is_published
+
+    def _send(self) -> bool:
         try:
             if self._mirror is not None:
                 self._mirror.send_waiting()
-            if asked or time.monotonic() - self._published_at >= _PUBLISH_S:
-                self._files.publish()
-                self._published_at = time.monotonic()
-        except Exception as error:  # an outage of any kind must not reach the training thread
-            if not self._warned:
-                _log.warning("MLflow is away (%s); metrics are kept and sent later", short_reason(error))
-            self._warned = True
+        except Exception as error:  # MLflow lets errors of many libraries through
+            self._outages.begin("MLflow", error)
             return False
-        if self._warned:
-            _log.warning("MLflow is back; nothing was lost")
-        self._warned = False
+        self._outages.end("MLflow")
         return True
+
+
+class _Outages:
+    """Warns once when something goes away, and once when it is back."""
+
+    def __init__(self) -> None:
+        self._away: set[str] = set()
+
+    def begin(self, what: str, error: Exception) -> None:
+        if what not in self._away:
+            _log.warning("%s is away (%s); metrics are kept and sent later", what, short_reason(error))
+        self._away.add(what)
+
+    def end(self, what: str) -> None:
+        if what in self._away:
+            _log.warning("%s is back; nothing was lost", what)
+        self._away.discard(what)

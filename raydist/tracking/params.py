@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -11,41 +10,10 @@ from typing import Any
 
 from raydist.config.load import flatten
 from raydist.core.errors import ConfigError
+from raydist.tracking.secrets import REDACTED, secret_keys
 
 MAX_VALUE_CHARS = 6000
 MAX_KEY_CHARS = 250
-REDACTED = "<redacted>"
-
-_SECRET_WORDS = {
-    "password",
-    "passwd",
-    "passphrase",
-    "secret",
-    "secrets",
-    "credential",
-    "credentials",
-    "apikey",
-    "token",
-}
-_SECRET_PAIRS = {("api", "key"), ("access", "key"), ("private", "key"), ("auth", "key"), ("secret", "key")}
-_TOKENS_OF_TEXT = {"mask", "bos", "eos", "pad", "unk", "sep", "cls", "stop", "special"}
-_NAMES_OF_SECRETS = {"name", "env", "file", "path", "profile"}
-_SECRET_VALUE = re.compile(
-    r"""
-      -----BEGIN[ ][A-Z ]*PRIVATE[ ]KEY-----
-    | \b(?:AKIA|ASIA)[0-9A-Z]{16}\b                      # AWS access key
-    | \bgh[pousr]_[A-Za-z0-9]{20,}                       # GitHub
-    | \bgithub_pat_[A-Za-z0-9_]{20,}
-    | \bglpat-[A-Za-z0-9_-]{16,}                         # GitLab
-    | \bhf_[A-Za-z0-9]{20,}                              # Hugging Face
-    | \bsk-[A-Za-z0-9_-]{20,}                            # model providers
-    | \bxox[abprs]-[A-Za-z0-9-]{10,}                     # Slack
-    | \bAIza[A-Za-z0-9_-]{30,}                           # Google
-    | \beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.   # JSON web token
-    | (?<=://)[^/\s:@]+:[^/\s@]+(?=@)                    # user:password in an address
-    """,
-    re.VERBOSE,
-)
 
 
 def flat_params(values: Mapping[str, Any]) -> dict[str, str]:
@@ -67,23 +35,6 @@ def flat_params(values: Mapping[str, Any]) -> dict[str, str]:
             fix="give credentials through the environment (AWS_PROFILE, MLFLOW_TRACKING_PASSWORD, ...), not the recipe",
         )
     return {key: _short(text) for key, text in flat.items()}
-
-
-def secret_keys(flat: Mapping[str, str]) -> list[str]:
-    """Keys whose name or value looks like a credential, sorted."""
-    return sorted(key for key, text in flat.items() if text and (_names_secret(key) or _SECRET_VALUE.search(text)))
-
-
-def redact_text(text: str) -> str:
-    """Text with everything that looks like a credential replaced."""
-    return _SECRET_VALUE.sub(REDACTED, text)
-
-
-def _names_secret(key: str) -> bool:
-    words = [word for word in re.split(r"[^a-z0-9]+", key.rsplit(".", 1)[-1].lower()) if word]
-    if not words or words[-1] in _NAMES_OF_SECRETS or (words[-1] == "token" and _TOKENS_OF_TEXT & set(words)):
-        return False
-    return bool(_SECRET_WORDS & set(words)) or any(pair in _SECRET_PAIRS for pair in itertools.pairwise(words))
 
 
 def _key(key: str) -> str:

@@ -15,6 +15,7 @@ from raydist.core import storage
 from raydist.core.errors import RaydistError, TrackingError
 from raydist.core.log import quiet_libraries
 from raydist.tracking.record import RunRecord
+from raydist.tracking.secrets import has_secret, redact_text
 
 if TYPE_CHECKING:
     from mlflow.entities import Experiment
@@ -63,23 +64,31 @@ def check_uri(uri: str) -> str:
     Raises:
         TrackingError: it is neither a server nor a database, or has credentials in it.
     """
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError:  # half a bracket of an IPv6 address
+        raise _no_address(repr(redact_text(uri))) from None
     scheme = parts.scheme.split("+")[0]
-    if scheme in ("http", "https") and parts.password:
+    if parts.password or (scheme in ("http", "https") and parts.username) or has_secret(uri):
         raise TrackingError(
             "credentials in the MLflow address would be stored with the run",
             where="tracking.mlflow_uri",
             found=f"{parts.scheme}://***@{parts.hostname}",
-            fix="set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and leave them out of the address",
+            fix="set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a server, PGPASSWORD for PostgreSQL, and "
+            "leave them out of the address",
         )
     if scheme not in ("http", "https", *_DATABASES):
-        raise TrackingError(
-            "not an MLflow address",
-            where="tracking.mlflow_uri",
-            found=repr(uri),
-            expected="http(s)://host:port, sqlite:///path/mlflow.db, another database, or none",
-        )
+        raise _no_address(repr(uri))
     return uri
+
+
+def _no_address(found: str) -> TrackingError:
+    return TrackingError(
+        "not an MLflow address",
+        where="tracking.mlflow_uri",
+        found=found,
+        expected="http(s)://host:port, sqlite:///path/mlflow.db, another database, or none",
+    )
 
 
 def connect(uri: str) -> MlflowClient:

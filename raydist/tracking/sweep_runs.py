@@ -9,9 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from raydist.config.schema import TrackingConfig
-from raydist.core.errors import TrackingError
 from raydist.core.units import parse_bytes
-from raydist.tracking import server
 from raydist.tracking.lineage import lineage_tags, read_source
 from raydist.tracking.mlflow_runs import RunHandle, open_run, resolve_uri
 from raydist.tracking.params import flat_params
@@ -71,25 +69,3 @@ def trial_tags(parent: RunHandle, *, sweep: str, trial: str) -> dict[str, str]:
     """The tags of a trial's run."""
     tags = {"raydist.sweep": sweep, "raydist.trial": trial}
     return tags if parent.run_id is None else {**tags, PARENT_TAG: parent.run_id}
-
-
-def register_model(run: RunHandle, *, name: str) -> int:
-    """Registers the exported model of a run; returns the version.
-
-    Raises:
-        TrackingError: the run is not in MLflow, or the server refuses.
-    """
-    if run.uri is None or run.run_id is None:
-        raise TrackingError(
-            "a model can be registered only in MLflow",
-            where="--register",
-            found="no MLflow run" if run.uri is None else f"a run that has not reached {run.uri} yet",
-            fix="set tracking.mlflow_uri" if run.uri is None else "raydist runs sync RUN_DIR, then register again",
-        )
-    with server.explained(run.uri):
-        client = server.connect(run.uri)
-        if not client.search_registered_models(filter_string=f"name = '{name}'"):
-            client.create_registered_model(name)
-        source = f"{client.get_run(run.run_id).info.artifact_uri}/model"
-        version = client.create_model_version(name, source=source, run_id=run.run_id)
-    return int(version.version)

@@ -42,19 +42,20 @@ def export_model(recipe: Recipe, parts: Assembly, *, run_dir: str, workers: Work
 
 def log_results(tracker: Tracker, recipe: Recipe, *, run_dir: str) -> None:
     """Draws the curves, samples the recipe's prompts, and hands model and pictures to the tracker. Rank 0 only."""
+    tracker.publish()
     pictures = storage.join(run_dir, layout.PICTURES)
-    storage.make_folder(pictures)
-    curves = read_curve(storage.join(run_dir, layout.METRICS))
-    draw_curves(curves, path=os.path.join(pictures, "curves.png"), title=os.path.basename(run_dir))
-    if recipe.config.sampling.prompts:
-        _sample_prompts(recipe.config.sampling, run_dir=run_dir, pictures=pictures)
+    with storage.filled(pictures) as folder:
+        curves = read_curve(storage.join(run_dir, layout.METRICS))
+        draw_curves(curves, path=os.path.join(folder, "curves.png"), title=os.path.basename(run_dir))
+        if recipe.config.sampling.prompts:
+            with storage.fetched(storage.join(run_dir, layout.EXPORT)) as export:
+                _sample_prompts(recipe.config.sampling, export=export, pictures=folder)
     tracker.log_artifact(storage.join(run_dir, layout.EXPORT), folder="model")
     tracker.log_artifact(pictures, folder="pictures")
 
 
-def _sample_prompts(sampling: SamplingConfig, *, run_dir: str, pictures: str) -> None:
+def _sample_prompts(sampling: SamplingConfig, *, export: str, pictures: str) -> None:
     """Continues the recipe's prompts with the exported model; draws which token of the first came in which forward."""
-    export = storage.join(run_dir, layout.EXPORT)
     decoder, meta = load_decoder(export)
     tokenizer = Tokenizer.load(storage.join(export, "tokenizer.json"))
     trained = Trained.from_meta(meta, vocab_size=tokenizer.vocab_size, seed=0, tokenizer=tokenizer.byte_level)

@@ -39,6 +39,9 @@ class Hook:
     def on_checkpoint(self, step: int) -> None:
         """After a checkpoint was handed over for writing."""
 
+    def on_stored(self, step: int, upload_s: float) -> None:
+        """After the checkpoint of ``step`` is complete on storage, ``upload_s`` seconds after it was handed over."""
+
     def wants_stop(self, step: int, metrics: Mapping[str, float]) -> bool:
         """After a validation; True ends the run at this step on all ranks. May take its time: all ranks wait."""
         return False

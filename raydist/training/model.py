@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 
 from data_loaders.tokenizer import Tokenizer
-from raydist.config.base import nearest_hint, validated
 from raydist.config.schema import ModelConfig
 from raydist.core.errors import ConfigError, TokenizerError
 from raydist.models.config import DecoderConfig
 from raydist.models.hf import HfWeights, read_hf_config
-from raydist.models.presets import PRESETS
+from raydist.models.presets import changed, find
 from raydist.objectives.base import Needs
 from raydist.training.data import TrainingData
 
@@ -32,24 +31,15 @@ def decoder_config(model: ModelConfig, *, data: TrainingData, seq_len: int, need
     if model.init_from is not None:
         base = read_hf_config(model.init_from)
         _require_same_vocabulary(base, model.init_from, data=data)
-    elif model.preset in PRESETS:
-        base = PRESETS[model.preset].model_copy(update={"vocab_size": vocab_size})
-        base = base.model_copy(update={"vocab_size": -(-vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE})
     else:
-        raise ConfigError(
-            "no such model",
-            where="model.preset",
-            found=model.preset,
-            expected="a name of: raydist list models",
-            fix=nearest_hint(model.preset, PRESETS),
-        )
+        rows = -(-vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+        base = find(model.preset).model_copy(update={"vocab_size": rows})
     extras = {
         "time_input": needs.time,
         "extra_heads": dict(needs.extra_heads),
         "input_features": dict(needs.input_features),
     }
-    config = validated(DecoderConfig, {**base.model_dump(), **model.overrides, **extras}, prefix="model.overrides")
-    config = config.with_vocab(vocab_size, multiple_of=_VOCAB_MULTIPLE)
+    config = changed(base, model.overrides, **extras).with_vocab(vocab_size, multiple_of=_VOCAB_MULTIPLE)
     if seq_len > config.max_positions:
         raise ConfigError(
             "rows are longer than the model's positions",

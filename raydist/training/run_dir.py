@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from raydist.config.load import Recipe, changed_identity_keys, dump_yaml, read_resolved
 from raydist.core import storage
-from raydist.core.errors import ConfigError, ResumeError
+from raydist.core.errors import ResumeError
 
 CONFIG = "config.yaml"
 RECORD = "run.json"
@@ -29,27 +29,20 @@ def run_dir_of(recipe: Recipe) -> str:
 
 
 def prepare_run_dir(recipe: Recipe, *, resume: bool) -> str:
-    """Makes or re-opens the run's directory.
+    """Makes the run's directory, or finds it; what is in it stays as it is until :func:`record_config`.
 
     Raises:
         ResumeError: the name is in use and ``resume`` was not asked for; or it was, and there is nothing to resume or the
             configuration differs in a key that decides what the run computes.
-        ConfigError: ``output_dir`` is a bucket.
+        StorageError: ``output_dir`` is a bucket that cannot be used.
     """
     run_dir = run_dir_of(recipe)
-    if storage.is_remote(run_dir):
-        raise ConfigError(
-            "runs are kept in a folder, not in a bucket",
-            where="output_dir",
-            found=recipe.config.output_dir,
-            expected="a path that every worker reaches",
-        )
     record_path = storage.join(run_dir, RECORD)
     if not storage.exists(record_path):
         if resume:
             raise ResumeError("there is no such run to resume", where=run_dir, fix="start it without --resume")
         storage.make_folder(run_dir)
-        storage.write_bytes(storage.join(run_dir, CONFIG), dump_yaml(recipe.config).encode())
+        record_config(recipe, run_dir)
         storage.write_json(
             record_path, {"name": recipe.config.name, "config_hash": recipe.config_hash, "recipe": recipe.path}
         )
@@ -70,5 +63,9 @@ def prepare_run_dir(recipe: Recipe, *, resume: bool) -> str:
             expected=f"the one in {storage.join(run_dir, CONFIG)}",
             fix="undo the change, or give the run another name: name=...",
         )
-    storage.write_bytes(storage.join(run_dir, CONFIG), dump_yaml(recipe.config).encode())
     return run_dir
+
+
+def record_config(recipe: Recipe, run_dir: str) -> None:
+    """Keeps the configuration of this attempt. On a resume, only for the driver that holds the run."""
+    storage.write_bytes(storage.join(run_dir, CONFIG), dump_yaml(recipe.config).encode())

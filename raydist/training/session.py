@@ -6,7 +6,7 @@ run directory and the MLflow run (:func:`start`), and ends the run when no worke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from raydist.checkpoint.checkpointer import Checkpointer
@@ -14,13 +14,17 @@ from raydist.config.load import Recipe
 from raydist.core import storage
 from raydist.core.dist import Workers, process_group
 from raydist.core.errors import ResumeError
+from raydist.core.log import get_logger
 from raydist.tracking.base import Tracker
 from raydist.tracking.mlflow_tracker import open_tracker
 from raydist.training import run_dir as layout
 from raydist.training.artifacts import export_model, log_results
 from raydist.training.hooks import Hook, RunFacts
 from raydist.training.loop import TrainLoop
+from raydist.training.preemption import Notice, StopNotice, sigterm_notice
 from raydist.training.setup import Assembly, assemble, train_loader
+
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,14 +35,24 @@ class Outcome:
         step: optimizer steps done.
         metrics: the last logged values.
         stopped: a hook ended the run before its last step.
+        interrupted: a stop notice ended the attempt after a save; the run can be resumed.
     """
 
     step: int
     metrics: dict[str, float]
     stopped: bool = False
+    interrupted: bool = False
 
 
-def run_attempt(recipe: Recipe, *, run_dir: str, hooks: Sequence[Hook] = (), driver_tracks: bool = False) -> Outcome:
+def run_attempt(
+    recipe: Recipe,
+    *,
+    run_dir: str,
+    hooks: Sequence[Hook] = (),
+    driver_tracks: bool = False,
+    notice: Notice = lambda: None,
+    is_ours: Callable[[], bool] = lambda: True,
+) -> Outcome:
     """Trains from the newest complete checkpoint, or from the start, to the end, and exports the model.
 
     Args:
@@ -47,18 +61,26 @@ def run_attempt(recipe: Recipe, *, run_dir: str, hooks: Sequence[Hook] = (), dri
         hooks: called on rank 0; one that ends the run early leaves no exported model.
         driver_tracks: the process that started the workers draws the pictures and feeds MLflow from ``metrics.jsonl``; this
             one then needs no MLflow, whose import alone takes seconds.
+        notice: says when this process is about to be ended; SIGTERM does so too, where Python gets it. All ranks then save
+            after the running step and end with :attr:`Outcome.interrupted`.
+        is_ours: whether the run is still that of the driver that started this worker; asked before a checkpoint is written.
 
     Raises:
         RaydistError: a mistake of the user's, on every rank.
     """
+    data = recipe.config.data
+    storage.was_reached(run_dir, *(part.path for part in [*data.train, *data.validation]))
     with process_group(timeout_s=recipe.config.scaling.collective_timeout_s) as workers:
         parts = assemble(recipe.config, workers)
         tracker = _open_tracker(recipe, run_dir, workers, mirrored=not driver_tracks)
         try:
-            outcome = _train(recipe, run_dir, parts, workers, tracker, hooks)
+            with sigterm_notice() as sigterm:
+                stop = StopNotice(sigterm, notice)
+                outcome = _train(recipe, run_dir, parts, workers, tracker, hooks, stop, is_ours)
             if tracker is not None and not driver_tracks:
                 tracker.flush()
-                log_results(tracker, recipe, run_dir=run_dir)
+                if not outcome.interrupted:
+                    log_results(tracker, recipe, run_dir=run_dir)
             return outcome
         finally:
             if tracker is not None:
@@ -66,10 +88,26 @@ def run_attempt(recipe: Recipe, *, run_dir: str, hooks: Sequence[Hook] = (), dri
 
 
 def _train(
-    recipe: Recipe, run_dir: str, parts: Assembly, workers: Workers, tracker: Tracker | None, hooks: Sequence[Hook]
+    recipe: Recipe,
+    run_dir: str,
+    parts: Assembly,
+    workers: Workers,
+    tracker: Tracker | None,
+    hooks: Sequence[Hook],
+    notice: Notice,
+    is_ours: Callable[[], bool],
 ) -> Outcome:
     config = recipe.config
-    with Checkpointer(run_dir, keep=config.checkpoint.keep, workers=workers) as checkpointer:
+    with Checkpointer(
+        run_dir,
+        keep=config.checkpoint.keep,
+        keep_every_steps=config.checkpoint.keep_every_steps,
+        keep_best=config.checkpoint.keep_best,
+        spool_dir=config.checkpoint.spool_dir,
+        workers=workers,
+        before_marker=None if tracker is None else tracker.publish,
+        is_ours=is_ours,
+    ) as checkpointer:
         state = checkpointer.load_newest(parts.model, optimizer=parts.optimizer) or {}
         _require_same_data(state, parts, run_dir)
         start_step = int(state.get("step", 0))
@@ -80,11 +118,17 @@ def _train(
         loader = train_loader(
             config, parts, workers, start_step=start_step, start_sample=int(state.get("samples_consumed", 0))
         )
-        loop = TrainLoop(config, parts, workers=workers, checkpointer=checkpointer, tracker=tracker, hooks=hooks)
+        loop = TrainLoop(
+            config, parts, workers=workers, checkpointer=checkpointer, tracker=tracker, hooks=hooks, notice=notice
+        )
         try:
-            metrics = loop.run(iter(loader), start_step=start_step)
+            metrics = loop.run(iter(loader), start_step=start_step, unlogged=state.get("unlogged"))
+            loop.finish_saves()
         finally:
             loader.close()
+    if loop.interrupted_at is not None:
+        _log.warning("interrupted: step %d is saved, the run can go on from there", loop.interrupted_at)
+        return Outcome(step=loop.interrupted_at, metrics=metrics, interrupted=True)
     if loop.stopped_at is not None:
         return Outcome(step=loop.stopped_at, metrics=metrics, stopped=True)
     export_model(recipe, parts, run_dir=run_dir, workers=workers, step=config.training.num_steps)

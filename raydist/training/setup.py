@@ -141,7 +141,7 @@ def validation_objective(config: RunConfig, objective: Objective, *, ids: TokenI
         ConfigError: it needs inputs or heads that the model is trained without.
     """
     if config.training.validation_objective is None:
-        return objective
+        return objective.for_validation()
     other: Objective = config.training.validation_objective.build(ids)
     for name in ("time", "extra_heads", "input_features"):
         trained, needed = getattr(objective.needs, name), getattr(other.needs, name)
@@ -153,7 +153,7 @@ def validation_objective(config: RunConfig, objective: Objective, *, ids: TokenI
                 expected=f"{trained}, as the objective {config.objective.name} has it",
                 fix="validate by the same kind of objective as it trains, with other settings",
             )
-    return other
+    return other.for_validation()
 
 
 def _require_sampler(config: RunConfig, data: TrainingData) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from raydist.objectives.base import LossTerms, Mean, Objective
 from raydist.training.batches import StepBatch
 from raydist.training.meters import Meters
 from raydist.training.optim import GuardedAdamW
+from raydist.training.preemption import Ballot
 
 
 @dataclass
@@ -39,12 +40,22 @@ class NonFiniteGuard:
         return (self.first_bad_step >= 0).to(torch.float32)
 
 
-def global_counts(counts: dict[str, float], device: torch.device) -> dict[str, Tensor]:
-    """Denominators summed over ranks, at least 1 each so that a step without targets costs nothing instead of NaN."""
+def global_counts(
+    counts: dict[str, float], device: torch.device, *, wishes: Sequence[float] = ()
+) -> tuple[dict[str, Tensor], Ballot]:
+    """Denominators summed over ranks, at least 1 each so that a step without targets costs nothing instead of NaN.
+
+    Args:
+        counts: denominator name -> this rank's count.
+        device: of the sum.
+        wishes: numbers that are summed along.
+    """
     names = sorted(counts)
-    local = torch.tensor([counts[name] for name in names], dtype=torch.float64, device=device)
-    total = sum_over_ranks(local).clamp(min=1.0)
-    return {name: total[index] for index, name in enumerate(names)}
+    local = torch.tensor([*(counts[name] for name in names), *wishes], dtype=torch.float64, device=device)
+    sums = sum_over_ranks(local)
+    ballot = Ballot(sums[len(names) :])
+    total = sums[: len(names)].clamp(min=1.0)
+    return {name: total[index] for index, name in enumerate(names)}, ballot
 
 
 def share_of_loss(loss_terms: LossTerms, denominators: dict[str, Tensor]) -> Tensor:
@@ -87,9 +98,14 @@ def train_step(
     clip_norm: float | None,
     guard: NonFiniteGuard,
     meters: Meters,
-) -> None:
-    """Runs one step. Reads nothing back from the device."""
-    denominators = global_counts(batch.counts, device)
+    wishes: Sequence[float] = (),
+) -> Ballot:
+    """Runs one step. Reads nothing back from the device.
+
+    Returns:
+        What all ranks together wish.
+    """
+    denominators, ballot = global_counts(batch.counts, device, wishes=wishes)
     for microbatch in batch.microbatches:
         on_device = microbatch.to(device)
         results = model(**on_device.inputs, terms=on_device.terms)
@@ -102,20 +118,36 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     meters.add_max("grad_norm", grad_norm)
     meters.end_step()
+    return ballot
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, objective: Objective, batches: Sequence[StepBatch], *, device: torch.device
-) -> dict[str, float]:
-    """Loss and metrics over all batches together, as if they were one. A collective; changes nothing."""
+    model: nn.Module,
+    objective: Objective,
+    batches: Sequence[StepBatch],
+    *,
+    device: torch.device,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Loss and metrics over all batches together, as if they were one. A collective; changes nothing.
+
+    Args:
+        model: sharded or plain.
+        objective: what made the batches.
+        batches: this rank's parts.
+        device: to compute on.
+        interrupted: asked before each batch, must answer alike on all ranks; True ends the evaluation without a result.
+    """
     counts: dict[str, float] = {}
     for batch in batches:
         for name, count in batch.counts.items():
             counts[name] = counts.get(name, 0.0) + count
-    denominators = global_counts(counts, device)
+    denominators, _ = global_counts(counts, device)
     meters = Meters()
     for batch in batches:
+        if interrupted():
+            return None
         for microbatch in batch.microbatches:
             on_device = microbatch.to(device)
             loss_terms = objective.combine(model(**on_device.inputs, terms=on_device.terms))

@@ -22,10 +22,11 @@ from raydist.checkpoint import files, store
 from raydist.checkpoint.checkpointer import Checkpointer
 from raydist.checkpoint.layout import MARKER, complete_checkpoints, newest_complete, read_checkpoint, step_folder
 from raydist.checkpoint.load import load_checkpoint
+from raydist.checkpoint.staging import HostBuffers
 from raydist.checkpoint.store import PeerWait, spool_path
 from raydist.core import storage
 from raydist.core.dist import Workers
-from raydist.core.errors import CheckpointError, ResumeError
+from raydist.core.errors import CheckpointError, ResumeError, StorageError
 from tests.checkpoint.cases import Small, advance, assert_equal, checkpointer_of_one, make, whole_state
 
 SHARD = "rank-0000.safetensors"
@@ -271,6 +272,103 @@ def test_training_goes_on_while_the_bucket_does_not_answer(bucket: type[FaultyFi
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_next_update_waits_for_the_copy_and_nothing_else_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy is held up until an update waits for it; forward and backward are done before."""
+    model, optimizer = make()
+    advance(model, optimizer)
+    state = whole_state(model, optimizer)
+    gate, order = threading.Event(), []
+    copy = HostBuffers.copy
+
+    def held(self: HostBuffers, tensors: Any, **options: Any) -> Any:
+        assert gate.wait(60)
+        order.append("copied")
+        return copy(self, tensors, **options)
+
+    monkeypatch.setattr(HostBuffers, "copy", held)
+    with checkpointer_of_one(str(tmp_path)) as checkpointer:
+        checkpointer.save(1, model=model, optimizer=optimizer, trainer_state={})
+        model(torch.arange(7)).sum().backward()
+        order.append("backward done")
+        threading.Timer(0.2, gate.set).start()
+        optimizer.step()
+        order.append("updated")
+        checkpointer.wait()
+        (result,) = checkpointer.take_results()
+    assert order == ["backward done", "copied", "updated"]
+    assert result.held_s > 0.1
+    step, loaded = _loaded(str(tmp_path))
+    assert step == 1
+    assert_equal(loaded, state)
+
+
+def test_a_copy_that_cannot_be_made_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: HostBuffers, tensors: Any, **options: Any) -> Any:
+        raise MemoryError("no pages left")
+
+    states = _saved_at(str(tmp_path), [10])
+    model, optimizer = make()
+    monkeypatch.setattr(HostBuffers, "copy", full)
+    with checkpointer_of_one(str(tmp_path)) as checkpointer:
+        checkpointer.save(20, model=model, optimizer=optimizer, trainer_state={})
+        advance(model, optimizer)
+        with pytest.raises(CheckpointError, match="no pages left"):
+            checkpointer.wait()
+        monkeypatch.undo()
+        assert_equal(_loaded(str(tmp_path))[1], states[10])
+        checkpointer.save(30, model=model, optimizer=optimizer, trainer_state={})
+    assert _loaded(str(tmp_path))[0] == 30
+
+
+def test_a_run_that_is_lost_keeps_the_checkpoint_that_the_other_driver_wrote(tmp_path: Path) -> None:
+    """The step's folder is there, and not ours to remove."""
+    states = _saved_at(str(tmp_path), [1])
+    workers = Workers(0, 0, 1, torch.device("cpu"))
+    model, optimizer = make()
+    late = Checkpointer(str(tmp_path), keep=2, workers=workers, is_ours=lambda: False)
+    late.save(1, model=model, optimizer=optimizer, trainer_state={})
+    with pytest.raises(ResumeError, match="taken this run over"):
+        late.close()
+    step, loaded = _loaded(str(tmp_path))
+    assert step == 1
+    assert_equal(loaded, states[1])
+
+
+def test_a_save_asks_the_bucket_for_nothing_in_the_loops_thread(
+    bucket: type[FaultyFileSystem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What there is was listed when the run was loaded."""
+    _saved_at(RUN, [1])
+    model, optimizer = make()
+    with checkpointer_of_one(RUN) as checkpointer:
+        checkpointer.load_newest(model, optimizer=optimizer)
+        asked: list[str] = []
+        monkeypatch.setattr(FaultyFileSystem, "ls", lambda self, path, **kw: asked.append(path) or [])
+        bucket.gate.clear()
+        checkpointer.save(2, model=model, optimizer=optimizer, trainer_state={})
+        assert asked == []
+        monkeypatch.undo()
+        bucket.gate.set()
+    assert _loaded(RUN)[0] == 2
+
+
+def test_a_run_that_is_lost_while_a_save_is_stored_gets_no_marker(tmp_path: Path) -> None:
+    """It is ours when the save begins, and another driver's before the marker."""
+    answers = iter([True, False])
+    model, optimizer = make()
+    workers = Workers(0, 0, 1, torch.device("cpu"))
+    checkpointer = Checkpointer(str(tmp_path), keep=2, workers=workers, is_ours=lambda: next(answers))
+    checkpointer.save(1, model=model, optimizer=optimizer, trainer_state={})
+    with pytest.raises(ResumeError, match="taken this run over"):
+        checkpointer.close()
+    assert newest_complete(str(tmp_path)) is None
+    with pytest.raises(ResumeError, match="taken this run over"):
+        checkpointer.save(2, model=model, optimizer=optimizer, trainer_state={})
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
+
 @pytest.mark.parametrize("num_writes", range(5))
 def test_an_upload_that_fails_at_any_file_is_invisible_and_reported(
     bucket: type[FaultyFileSystem], num_writes: int
@@ -281,12 +379,16 @@ def test_an_upload_that_fails_at_any_file_is_invisible_and_reported(
         bucket.writes_before_failure = num_writes
         checkpointer.save(20, model=model, optimizer=optimizer, trainer_state={})
         with pytest.raises(CheckpointError, match="could not be stored"):
-            checkpointer.save(30, model=model, optimizer=optimizer, trainer_state={})
+            checkpointer.wait()
         step, state = _loaded(RUN)
         assert step == 10
         assert_equal(state, states[10])
+        bucket.writes_before_failure = num_writes
+        checkpointer.save(30, model=model, optimizer=optimizer, trainer_state={})
         checkpointer.save(40, model=model, optimizer=optimizer, trainer_state={})
         checkpointer.wait()
+        failed = {result.step: result.error is not None for result in checkpointer.take_results()}
+        assert failed == {20: True, 30: True, 40: False}
     assert [checkpoint.step for checkpoint in complete_checkpoints(RUN)] == [10, 40]
     assert storage.list_names(f"{RUN}/checkpoints") == ["step-00000010", "step-00000040"]
 
@@ -298,7 +400,7 @@ def test_a_bucket_that_cannot_be_asked_is_an_error_and_not_a_fresh_start(
         raise PermissionError("access denied")
 
     monkeypatch.setattr(FaultyFileSystem, "ls", refuse)
-    with pytest.raises(CheckpointError, match="access denied"):
+    with pytest.raises(StorageError, match="access denied"):
         _loaded(RUN)
 
 

@@ -21,7 +21,7 @@ def _small_blocks() -> object:
 
 
 def _reader(content: bytes, record: FileRecord) -> VerifiedReader:
-    return VerifiedReader(io.BytesIO(content), path="shard", record=record)
+    return VerifiedReader(lambda start, stop: content[start:stop], path="shard", record=record)
 
 
 @given(st.lists(st.binary(max_size=350), max_size=6))
@@ -41,6 +41,20 @@ def test_hashes_do_not_depend_on_how_a_file_is_written(pieces: list[bytes]) -> N
 def test_every_range_is_what_was_written(one: int, other: int) -> None:
     start, stop = sorted((one, other))
     assert _reader(CONTENT, record_of_bytes(CONTENT)).read(start, stop) == CONTENT[start:stop]
+
+
+def test_no_block_is_fetched_twice_in_a_row_and_neighbours_come_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_BLOCKS_PER_FETCH", 4)
+    fetched: list[tuple[int, int]] = []
+
+    def fetch(start: int, stop: int) -> bytes:
+        fetched.append((start, stop))
+        return CONTENT[start:stop]
+
+    reader = VerifiedReader(fetch, path="shard", record=record_of_bytes(CONTENT))
+    for start, stop in ((0, 30), (30, 130), (150, 700), (650, 1280)):
+        assert reader.read(start, stop) == CONTENT[start:stop]
+    assert fetched == [(0, 100), (100, 200), (200, 600), (600, 700), (700, 1100), (1100, 1280)]
 
 
 @given(st.integers(0, len(CONTENT) - 1), st.integers(0, 7))

@@ -8,6 +8,7 @@ import torch
 
 from raydist.cli import export
 from raydist.cli.locate import find_model_dir
+from raydist.core import storage
 from raydist.core.errors import ConfigError
 from raydist.models.config import DecoderConfig
 from raydist.models.decoder import Decoder
@@ -94,3 +95,12 @@ def test_export_onto_its_own_source_is_refused(runs):
     with pytest.raises(ConfigError, match="the same folder"):
         run_export("first-run", "--output-dir", str(runs), "--to", str(runs / "first-run" / "export"))
     load_decoder(str(runs / "first-run" / "export"))
+
+
+def test_export_into_a_bucket_is_read_back(runs, tmp_path):
+    target = f"memory://exports-{tmp_path.name}/first"
+    result = run_export("first-run", "--output-dir", str(runs), "--to", target)
+    assert result["directory"] == target
+    with storage.fetched(target) as copy:
+        decoder, _ = load_decoder(copy)
+    assert torch.equal(decoder.embedding.weight, load_decoder(str(runs / "first-run" / "export"))[0].embedding.weight)

@@ -82,6 +82,13 @@ def test_a_wrong_word_is_argparse_and_exit_code_2(capsys: pytest.CaptureFixture[
     capsys.readouterr()
 
 
+def test_a_misspelt_verb_names_the_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:
+    for word, says in (("trian", "did you mean 'train'?"), ("xyzzy", "expected one of data, train, ")):
+        with pytest.raises(SystemExit):
+            main([word, RECIPE])
+        assert f"no verb {word!r}: {says}" in capsys.readouterr().err
+
+
 def test_overrides_may_stand_before_and_behind_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "show", RECIPE, "seed=4", "--json", "training.num_steps=7"]) == 0
     config = last_json(capsys.readouterr().out)["config"]

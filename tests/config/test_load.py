@@ -15,6 +15,7 @@ from raydist.config.load import (
     merge,
     parse_overrides,
     read_resolved,
+    read_yaml,
     with_absolute_paths,
 )
 from raydist.core.errors import ConfigError
@@ -102,7 +103,86 @@ def test_missing_required_key(tmp_path: Path) -> None:
     path.write_text(MINIMAL.replace("num_steps: 10, ", ""))
     with pytest.raises(ConfigError, match="required key is missing") as caught:
         load_recipe(str(path))
-    assert caught.value.where == "training.num_steps"
+    assert caught.value.where == f"training.num_steps in {path}"
+
+
+def test_a_key_misspelt_in_a_file_is_named_with_the_file_and_before_the_one_it_leaves_missing(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(MINIMAL.replace("num_steps:", "nun_steps:"))
+    with pytest.raises(ConfigError, match="unknown key") as caught:
+        load_recipe(str(path), ["training.batch_rows=8"])
+    assert caught.value.where == f"training.nun_steps in {path}"
+    assert caught.value.fix == "did you mean 'num_steps'?"
+
+
+def test_a_wrong_value_in_the_base_is_named_with_the_base(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("checkpoint: {keep: many}\n")
+    path = tmp_path / "r.yaml"
+    path.write_text(MINIMAL)
+    with pytest.raises(ConfigError, match="does not fit") as caught:
+        load_recipe(str(path))
+    assert caught.value.where == f"checkpoint.keep in {tmp_path / 'base.yaml'}"
+
+
+def test_two_problems_are_counted_around_the_one_that_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(MINIMAL.replace("num_steps:", "nun_steps:").replace("batch_rows: 4, ", ""))
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(str(path))
+    assert caught.value.what == "unknown key (2 more)"
+
+
+@pytest.mark.parametrize(
+    ("base", "data", "override", "where"),
+    [
+        ("", "some/data", "objective=set_blok", "objective.name"),
+        ("", "some/data", "data.train={path: a, weigth: 2}", "data.train.0.weigth"),
+        ("", "{path: a}", "data.train=[{path: a}, {path: b, weigth: 2}]", "data.train.1.weigth"),
+        ("", "some/data", "data.train={weight: 2}", "data.train.0.path"),
+        ("", "some/data", "data.train=[{weight: 2}]", "data.train.0.path"),
+        ("", "{path: a, weigth: 2}", "data.train={weight: 2}", "data.train.0.weigth in RECIPE"),
+        ("", "{path: a, weigth: 2}", "data.seq_len=8", "data.train.0.weigth in RECIPE"),
+        ("data: {validation: {path: a, weigth: 2}}", "some/data", "seed=3", "data.validation.0.weigth in BASE"),
+        ("data: {train: {weigth: 2}}", "{path: a}", "seed=3", "data.train.0.weigth in BASE"),
+        ("data: {train: {path: a}}", "{weigth: 2}", "seed=3", "data.train.0.weigth in RECIPE"),
+        ("data: {validation: {weight: 2}}", "some/data", "seed=3", "data.validation.0.path in BASE"),
+        (
+            "", "some/data",
+            "objective={name: discrete_flow, path: {name: mixture, source: given}}", "objective.path.source.path",
+        ),
+    ],
+)  # fmt: skip
+def test_the_layer_that_made_the_mistake_is_named(
+    base: str, data: str, override: str, where: str, tmp_path: Path
+) -> None:
+    (tmp_path / "base.yaml").write_text(base or "seed: 1")
+    path = tmp_path / "r.yaml"
+    path.write_text(MINIMAL.replace("some/data", data))
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(str(path), [override])
+    assert caught.value.where == where.replace("RECIPE", str(path)).replace("BASE", str(tmp_path / "base.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("override", "where", "hint"),
+    [
+        ("model.preset=debugg", "model.preset", "'debug'"),
+        ("model.overrides={nun_layers: 2}", "model.overrides.nun_layers", "'num_layers'"),
+        ("model.overrides={num_layers: four}", "model.overrides.num_layers", "integer"),
+        ("model.overrides={num_heads: 3}", "model.overrides", "multiple of num_kv_heads"),
+        ("model={init_from: elsewhere, overrides: {nun_layers: 2}}", "model.overrides.nun_layers", "'num_layers'"),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused(recipe_path: str, override: str, where: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(recipe_path, [override])
+    assert caught.value.where == where
+    assert hint in f"{caught.value.fix} {caught.value.expected}"
+
+
+def test_weights_to_start_from_need_no_preset_and_need_not_be_here(recipe_path: str) -> None:
+    overrides = ["model={preset: none-of-ours, init_from: elsewhere, overrides: {num_heads: 3}}"]
+    assert load_recipe(recipe_path, overrides).config.model.overrides == {"num_heads": 3}
 
 
 def test_unknown_choice_names_the_others(recipe_path: str) -> None:
@@ -229,3 +309,27 @@ def test_a_choice_that_does_not_fit_its_place() -> None:
         load_recipe(str(recipe), ["objective.path={name: three_way, schedule: {name: source_kinetic_optimal}}"])
     assert caught.value.where == "objective.path.schedule"
     assert caught.value.found == "source_kinetic_optimal"
+
+
+@pytest.mark.parametrize("value", ["${oc.env:PLANTED}", "a ${oc.env:PLANTED} b", "${${data.seq_len}.env:PLANTED}"])
+def test_a_recipe_does_not_read_the_environment(value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLANTED", "a-password")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"tracking: {{tags: {{note: '{value}'}}}}\n")
+    with pytest.raises(ConfigError, match="reads nothing from its surroundings") as caught:
+        load_recipe(str(path))
+    assert "a-password" not in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["a.b=${oc.env:PLANTED}", "a={b: ['x ${oc.env:PLANTED}']}", "a=${${b}:PLANTED}"])
+def test_an_override_does_not_read_the_environment(override: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLANTED", "a-password")
+    with pytest.raises(ConfigError, match="reads nothing from its surroundings") as caught:
+        parse_overrides(["b=oc.env", override])
+    assert "a-password" not in str(caught.value)
+
+
+def test_a_key_may_refer_to_another(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("a: {b: 3}\nc: ${a.b}\nd: s3://bucket/${a.b}\n")
+    assert read_yaml(str(path)) == {"a": {"b": 3}, "c": 3, "d": "s3://bucket/3"}

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from raydist.config.load import as_overrides, load_recipe, parse_overrides
+from raydist.config.schema import KeepBestConfig
 from raydist.config.sweep import Sweep, dump_sweep, load_sweep
 from raydist.config.sweep_fairness import reported_metrics
 from raydist.core.errors import ConfigError
@@ -55,6 +56,15 @@ def refusal(load, text: str, **arguments) -> ConfigError:
         load(text, **arguments).validate_trials()
     assert len(str(caught.value).splitlines()) < 15
     return caught.value
+
+
+def test_a_model_that_cannot_be_is_refused_before_the_first_trial(load) -> None:
+    error = refusal(load, "space: {model.overrides: [{num_layers: 2}, {nun_layers: 2}]}")
+    assert error.where.endswith("mine.yaml: space.model.overrides")
+    assert error.fix == "did you mean 'num_layers'?"
+    error = refusal(load, "space: {model.preset: [debug, tiny-1mm]}")
+    assert error.where.endswith("mine.yaml: space.model.preset")
+    assert error.fix == "did you mean 'tiny-1m'?"
 
 
 # the grid
@@ -367,6 +377,13 @@ def test_a_bad_metric(load, metric: str, words: str) -> None:
     assert "metric.name" in (error.where or "")
 
 
+@pytest.mark.parametrize("metric", [BOUND, "validation/loss/ntp"])
+def test_a_likelihood_is_not_ranked_upside_down(load, metric: str) -> None:
+    assert "worst trial first" in str(
+        refusal(load, SPACE, head=f"recipe: recipe.yaml\nmetric: {{name: {metric}, mode: max}}\n")
+    )
+
+
 def test_unweighted_means_are_fair_while_the_objective_stays(load) -> None:
     head = "recipe: recipe.yaml\nmetric: validation/loss/elbo\n"
     load(SPACE, head=head).validate_trials()
@@ -375,10 +392,29 @@ def test_unweighted_means_are_fair_while_the_objective_stays(load) -> None:
 
 
 def test_a_bound_that_some_trials_do_not_have(load) -> None:
-    text = "space: {objective.path: [{name: mixture}, {name: three_way, schedule: {name: linear}}], seed: [1]}\n"
+    text = "space: {objective.time.low: [0.0, 0.5]}\n"
     error = refusal(load, text + "overrides: {objective.loss: ce, objective.weighting: none}\n")
     assert "not reported by every trial" in error.what
-    assert "elbo" in (error.fix or "")
+    assert "whole range" in (error.fix or "")
+
+
+def test_trials_keep_their_best_and_their_last_checkpoint_unless_told_otherwise(load) -> None:
+    head = "recipe: recipe.yaml\nmetric: {name: validation/accuracy, mode: max}\nspace: {seed: [1, 2]}\n"
+    sweep = load("overrides: {objective: {name: next_token}}\n", head=head)
+    trial = sweep.resolve_trial({"seed": 1}).config.checkpoint
+    assert (trial.keep, trial.keep_best) == (1, KeepBestConfig(metric="validation/accuracy", mode="max"))
+    words = sweep.trial_overrides({"seed": 1})
+    assert "checkpoint.keep=1" in words
+    text = "overrides: {objective: {name: next_token}, checkpoint.keep: 3, checkpoint.keep_best: null}\n"
+    told = load(text, head=head)
+    trial = told.resolve_trial({"seed": 1}).config.checkpoint
+    assert (trial.keep, trial.keep_best) == (3, None)
+
+
+def test_all_paths_and_losses_have_the_bound(load) -> None:
+    paths = "[{name: mixture}, {name: mixture, source: {name: uniform}}, {name: metric}, {name: three_way}]"
+    sweep = load(f"space: {{objective.path: {paths}, objective.loss: [ce, elbo]}}")
+    assert sweep.validate_trials() is None, "nothing is refused"
 
 
 @pytest.mark.parametrize(
@@ -399,7 +435,12 @@ def test_trials_that_are_measured_differently(load, space: str, words: str) -> N
 
 def test_batch_and_validation_may_change_together(load) -> None:
     both = "[{batch_rows: 4, validation_batches: 2}, {batch_rows: 8, validation_batches: 1}]"
-    load(f"space: {{training: {both}}}").validate_trials()
+    space = f"space: {{training: {both}}}\n"
+    head = "recipe: recipe.yaml\nmetric: validation/loss/ntp\n"
+    load(space + "overrides: {objective: {name: set_block, block_size_max: 8}}\n", head=head).validate_trials()
+    error = refusal(load, space)
+    assert "once a batch" in error.what
+    assert (error.where, error.found) == ("space.training", f"{BOUND} with batches of 4 and 8 rows")
 
 
 def test_one_objective_of_validation_makes_its_metrics_fair(load) -> None:
@@ -435,6 +476,44 @@ def test_other_mistakes(load, text: str, where: str, words: str) -> None:
     error = refusal(load, SPACE + text + "\n")
     assert where in (error.where or "")
     assert words in str(error)
+
+
+def test_a_value_that_replaces_what_all_trials_have_is_refused(load) -> None:
+    space = "space: {training: [{batch_rows: 4, optimizer: {weight_decay: 0.1}}, {batch_rows: 8}]}\n"
+    for key in ("training.batch_rows", "training.optimizer.weight_decay"):
+        with pytest.raises(ConfigError, match="set twice") as caught:
+            load(space, [f"{key}=16"])
+        assert caught.value.where.endswith("space.training")
+        assert caught.value.found.startswith(key)
+    with pytest.raises(ConfigError, match="set twice"):
+        load(space + "overrides: {training.optimizer: {learning_rate: 0.1, weight_decay: 0.2}}\n")
+    with pytest.raises(ConfigError, match="set twice"):
+        load("space: {training: [{num_steps: 20}]}\nbudget: {num_steps: 30}\n")
+    kept = "overrides: {training.validation_batches: 3, training.optimizer: {learning_rate: 0.1}}\n"
+    sweep = load(space + kept)
+    for trial in sweep.grid():
+        training = sweep.resolve_trial(trial).config.training
+        assert (training.validation_batches, training.optimizer.learning_rate) == (3, 0.1)
+
+
+INVALID_TOGETHER = """
+space: {training.batch_rows: {integer: [4, 8]}, training.microbatch_rows: {integer: [1, 4]}}
+search: {name: SEARCH, num_trials: 8}
+"""
+
+
+def test_random_trials_that_cannot_be_are_refused_before_the_first_one(load) -> None:
+    """Each end fits the first value of the other key; 7 rows in microbatches of 3 or 4 do not."""
+    text = INVALID_TOGETHER.replace("SEARCH", "random")
+    sweep = load(text)
+    drawn = [(trial["training.batch_rows"], trial["training.microbatch_rows"]) for trial in sweep.random_trials()]
+    bad = [(rows, part) for rows, part in drawn if rows % part]
+    assert bad
+    assert not [
+        trial for trial in sweep.space.covering() if trial["training.batch_rows"] % trial["training.microbatch_rows"]
+    ]
+    error = refusal(load, text)
+    assert "training.batch_rows={}, training.microbatch_rows={}".format(*bad[0]) in (error.found or "")
 
 
 def test_stopping_early_needs_equal_lengths(load) -> None:
@@ -490,6 +569,13 @@ def test_a_sweep_over_samplers(load) -> None:
     ]  # fmt: skip
 
 
+def test_what_a_sampler_is_ranked_by_knows_what_is_better(load) -> None:
+    text = (
+        SAMPLERS[: SAMPLERS.index("metric:")] + "metric: [accuracy, {name: tokens_per_forward}, forwards_per_token]\n"
+    )
+    assert [metric.mode for metric in load(text, head="").config.metric] == ["max", "max", "min"]
+
+
 def test_the_checkpoints_own_sampler_counts(load) -> None:
     text = SAMPLERS.replace("overrides: {sampling.sampler: {name: set_block, unmasking: {name: entropy_bounded}}}", "")
     assert "the sampler has no name" in refusal(load, text, head="").what
@@ -505,6 +591,9 @@ def test_the_checkpoints_own_sampler_counts(load) -> None:
         ("gamma: [0.1", "gamma: [-0.1", "does not fit"),
         ("name: accuracy", "name: acuracy", "accuracy"),
         ("space: {", "space: {training.num_steps: [1, 2], ", "trains nothing"),
+        ("space: {", "space: {sampling.max_new_tokens: [8, 16], ", "only the sampler can be varied"),
+        ("name: forwards_per_token, mode: min", "name: forwards_per_token, mode: max", "worst trial first"),
+        ("name: accuracy, mode: max", "name: accuracy, mode: min", "worst trial first"),
         ("continuation: {data: some/held_out}", "", "belong together"),
         ("metric:", "scheduler: {name: asha}\nmetric:", "use none"),
     ],
@@ -533,7 +622,8 @@ def test_every_sweep_that_comes_along_is_valid(
 
 def test_the_sweeps_that_come_along() -> None:
     names = {path.stem for path in SWEEPS}
-    assert names == {"schedulers_and_paths", "set_block_size", "learning_rate", "resample_window", "sampler_pareto"}
+    trained = {"schedulers_and_paths", "set_block_size", "learning_rate", "resample_window"}
+    assert names == trained | {"sampler_pareto", "flow_sampler"}
 
 
 RECIPES = sorted((Path(__file__).parents[2] / "jobs" / "recipes" / "debug_cpu").glob("*.yaml"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from raydist.core import storage
-from raydist.core.errors import RaydistError
+from raydist.core.errors import RaydistError, StorageError
 
 
 @pytest.fixture(params=["local", "remote"])
@@ -80,3 +80,24 @@ def test_normalize() -> None:
     assert storage.normalize("runs") == os.path.join(os.getcwd(), "runs")
     assert storage.is_remote("s3://x")
     assert not storage.is_remote("file:///x")
+
+
+def test_what_cannot_be_looked_at_does_not_count_as_missing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    assert storage.exists(str(tmp_path / "file"))
+    for name in ("nothing", "file/below", "dangling", "x" * 300, "a\0b"):
+        assert not storage.exists(str(tmp_path / name))
+    with pytest.raises(StorageError, match=r"cannot be looked at[^~]*symbolic links"):
+        storage.exists(str(tmp_path / "loop"))
+
+
+def test_a_bucket_that_the_run_has_used_gets_the_long_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits_s: dict[str, float] = {}
+    monkeypatch.setattr(storage, "_reached", set())
+    monkeypatch.setattr(storage, "retry", lambda call, *, what, total_s, is_transient: waits_s.update({what: total_s}))
+    storage.was_reached("memory://run/name", "runs/local", "memory://data")
+    for path in ("memory://run/name/x", "memory://data/x", "memory://new/x"):
+        storage.exists(path)
+    assert list(waits_s.values()) == [300.0, 300.0, 45.0]

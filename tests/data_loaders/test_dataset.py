@@ -14,7 +14,7 @@ import zstandard
 from data_loaders.cache import NodeCache
 from data_loaders.dataset import open_dataset
 from data_loaders.inspect import describe_reading, length_histogram
-from data_loaders.manifest import read_manifest, write_manifest
+from data_loaders.manifest import ShardEntry, read_manifest, write_manifest
 from data_loaders.mixture import DatasetWeight, open_mixture
 from data_loaders.show import step_documents
 from data_loaders.verify import verify_dataset
@@ -251,3 +251,35 @@ def test_show_finds_the_documents_of_a_step(dataset: Callable[..., str], cache: 
     assert [(segment.document_id, segment.num_tokens) for segment in second.segments] == [("d0:2", 4), ("d0:3", 7)]
     assert first.segments[0].text == "\0\1\2\3\4"
     assert (second.row, second.epoch) == (1, 0)
+
+
+def test_a_shard_that_another_process_evicts_before_it_is_opened_is_fetched_again(
+    dataset: Callable[..., str], cache: NodeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_dataset(dataset([[30, 20]]), cache=cache)
+    whole = NodeCache.fetch
+    fetched: list[str] = []
+
+    def evicted_once(self: NodeCache, path: str, *, entry: ShardEntry) -> str:
+        fetched.append(whole(self, path, entry=entry))
+        if len(fetched) == 1:
+            os.unlink(fetched[0])
+        return fetched[-1]
+
+    monkeypatch.setattr(NodeCache, "fetch", evicted_once)
+    assert opened.shard(0).offsets_D.tolist() == [0, 30, 50]
+    assert len(fetched) == 2
+
+
+def test_a_shard_may_be_evicted_while_it_is_marked_as_used(
+    dataset: Callable[..., str], cache: NodeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = dataset([[10]])
+    (entry,) = read_manifest(path).shards
+    plain = cache.fetch(path, entry=entry)
+    monkeypatch.setattr(
+        NodeCache, "_holds", lambda self, path, entry: not os.path.exists(path) or os.unlink(path) is None
+    )
+    assert cache.fetch(path, entry=entry) == plain
+    monkeypatch.undo()
+    assert not os.path.exists(plain)

@@ -64,13 +64,25 @@ def brute_force_row(lengths: list[list[int]], row: int, *, first_token: int = 0)
 def test_rows_equal_brute_force(folder: Path) -> None:
     mixture = mixture_of(folder, "a")
     loader = Loader(mixture, batch_rows=mixture.num_rows)
-    rows = loader.rows_of_step(0)
+    rows = loader.rows(first_sample=0)
     assert sorted(rows.rows_B.tolist()) == list(range(mixture.num_rows))
     for n, row in enumerate(rows.rows_B.tolist()):
         assert (rows.tokens_BS[n].tolist(), rows.documents_BS[n].tolist()) == brute_force_row(LENGTHS_A, row)
     assert rows.loss_mask_BS is None
     dtypes = [tensor.dtype for tensor in (rows.tokens_BS, rows.documents_BS, rows.rows_B, rows.epochs_B)]
-    assert dtypes == [torch.int64, torch.int32, torch.int64, torch.int64]
+    assert dtypes == [torch.int64, torch.int16, torch.int64, torch.int64]
+
+
+@pytest.mark.parametrize(("seq_len", "dtype"), [(32_766, torch.int16), (32_767, torch.int32), (32_768, torch.int32)])
+def test_rows_with_as_many_documents_as_tokens(
+    dataset: Callable[..., str], cache: NodeCache, seq_len: int, dtype: torch.dtype
+) -> None:
+    """Document numbers pass what int16 holds exactly where the type changes."""
+    path = dataset([[1] * (2 * seq_len + 1)])
+    mixture = open_mixture([DatasetWeight(path)], cache=cache, seq_len=seq_len, seed=0)
+    rows = Loader(mixture, batch_rows=2).rows(first_sample=0)
+    assert rows.documents_BS.dtype == dtype
+    assert rows.documents_BS.tolist() == [list(range(seq_len + 1))] * 2
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
@@ -124,14 +136,14 @@ def test_iterating_again_goes_on(folder: Path) -> None:
     straight = [key(rows) for rows in take(Loader(mixture, batch_rows=4), 5)]
     loader = Loader(mixture, batch_rows=4)
     assert [key(rows) for rows in take(loader, 2) + take(loader, 3)] == straight
-    assert key(loader.rows_of_step(1)) == straight[1]
+    assert key(loader.rows(first_sample=4, step=1)) == straight[1]
     assert key(loader.rows(first_sample=8)) == straight[2]
 
 
 def test_two_epochs_have_different_order(folder: Path) -> None:
     mixture = mixture_of(folder, "a")
     loader = Loader(mixture, batch_rows=mixture.num_rows)
-    first, second = (loader.rows_of_step(step) for step in (0, 1))
+    first, second = (loader.rows(first_sample=step * mixture.num_rows) for step in (0, 1))
     assert first.rows_B.tolist() != second.rows_B.tolist()
     assert set(second.epochs_B.tolist()) == {1}
 
@@ -197,12 +209,31 @@ def test_close_ends_the_thread(folder: Path) -> None:
     assert loader.state.samples_consumed == 4
 
 
+def test_close_does_not_wait_for_a_read_that_hangs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_module, "_JOIN_S", 0.05)
+    storage_is_back = threading.Event()
+
+    def transform(rows: Rows) -> Rows:
+        if rows.step == 1:
+            storage_is_back.wait(timeout=60)
+        return rows
+
+    loader = Loader(mixture_of(folder, "a"), batch_rows=4, transform=transform, prefetch_steps=1)
+    next(iter(loader))
+    (thread,) = loader_threads()
+    loader.close()
+    assert thread.is_alive()
+    storage_is_back.set()
+    thread.join(timeout=60)
+    assert not thread.is_alive()
+
+
 def test_chunks_end_anywhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a batch holds does not depend on how many are read at once."""
     mixture = mixture_of(folder, "a", "b")
     expected = [key(rows) for rows in take(Loader(mixture, batch_rows=4), 12)]
     for chunk_rows in (1, 8, 12):
-        monkeypatch.setattr(loader_module, "_CHUNK_ROWS", chunk_rows)
+        monkeypatch.setattr(loader_module, "_LOCATED_ROWS", chunk_rows)
         transformed = Loader(mixture, batch_rows=4, num_steps=12, transform=key, prefetch_steps=3)
         assert list(transformed) == expected
         assert [key(rows) for rows in Loader(mixture, batch_rows=4, num_steps=12)] == expected
@@ -233,7 +264,7 @@ def test_window_larger_than_the_cache_of_open_shards(dataset: Callable[..., str]
     seen = []
     loader = Loader(tight, batch_rows=8)
     for step in range(tight.num_rows):
-        rows = loader.rows_of_step(step)
+        rows = loader.rows(first_sample=8 * step)
         stored = sum(file.stat().st_size for file in (tmp_path / "tight").iterdir())
         assert stored <= tight_cache.limit_bytes
         seen.extend(zip(rows.epochs_B.tolist(), rows.rows_B.tolist(), rows.tokens_BS.tolist(), strict=True))

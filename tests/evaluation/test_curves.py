@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raydist.evaluation.curves import draw_curves, smoothed
+from raydist.evaluation.figures import COLOURS
 
 steps_and_values = st.lists(
     st.tuples(st.integers(0, 500), st.floats(-100, 100)), max_size=20, unique_by=lambda point: point[0]
@@ -50,7 +51,7 @@ def test_each_loss_is_drawn_in_its_colour(tmp_path: Path) -> None:
     one, two = {"loss": line}, {"loss": line, "loss/matp": [(step, value + 1) for step, value in line]}
     draw_curves(one, str(tmp_path / "one.png"), "one")
     draw_curves(two, str(tmp_path / "two.png"), "two")
-    blue, red = "#1b6ca8", "#d1495b"
+    blue, red = COLOURS[:2]
     assert has_colour(pixels(tmp_path / "one.png"), blue)
     assert not has_colour(pixels(tmp_path / "one.png"), red)
     assert has_colour(pixels(tmp_path / "two.png"), red)

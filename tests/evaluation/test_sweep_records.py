@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raydist.evaluation.sweep_records import Goal, TrialRecord, comparable, final_value, pareto_front, ranking
+from raydist.evaluation.sweep_records import (
+    Goal,
+    TrialRecord,
+    at_common_step,
+    comparable,
+    final_value,
+    pareto_front,
+    ranking,
+)
 
 
 def trial(name, value=None, *, state="finished", steps=(10,), metric="loss"):
@@ -87,3 +95,45 @@ def test_a_trial_that_lacks_one_goal_is_not_compared():
     records = [TrialRecord("a", {}, "finished", {"one": [(1, 0.0)]}), trial("b", 1.0, metric="one")]
     assert comparable(records, goals) == []
     assert pareto_front(records, goals) == []
+
+
+def measured(name, *steps, state="stopped", broken=()):
+    return TrialRecord(
+        name, {}, state, {"loss": [(step, math.nan if step in broken else 100.0 - step) for step in steps]}
+    )
+
+
+def test_trials_that_were_stopped_early_are_compared_at_the_last_step_that_all_reached():
+    records = [
+        measured("whole", 10, 20, 30, 40, state="finished"),
+        measured("first", 10, 20),
+        measured("second", 10, 20, 30),
+        measured("failed", 10, state="failed"),
+        measured("waiting", state="waiting"),
+    ]
+    then, step = at_common_step(records, [Goal("loss")])
+    assert step == 20
+    assert [final_value(record, "loss") for record in then] == [80.0, 80.0, 80.0, 90.0, None]
+    assert [record.state for record in then] == ["finished"] * 3 + ["failed", "waiting"]
+    assert [record.num_steps for record in then[:3]] == [20, 20, 20]
+    assert final_value(records[0], "loss") == 60.0, "the records themselves are as they were"
+
+
+def test_there_is_nothing_to_align_where_no_trial_was_stopped_or_no_step_is_common():
+    whole = [measured("a", 10, 20, state="finished"), measured("b", 10, state="running")]
+    assert at_common_step(whole, [Goal("loss")]) == (whole, None)
+    apart = [measured("a", 10), measured("b", 20)]
+    assert at_common_step(apart, [Goal("loss")]) == (apart, None)
+    assert at_common_step([], [Goal("loss")]) == ([], None)
+
+
+def test_a_step_counts_as_reached_only_with_a_number():
+    records = [measured("a", 10, 20, 30), measured("b", 10, 20, 30, broken=(20, 30))]
+    assert at_common_step(records, [Goal("loss")])[1] == 10
+
+
+@given(st.lists(st.sets(st.integers(1, 6), min_size=1), min_size=1, max_size=5))
+def test_the_common_step_is_the_largest_one_in_all(steps):
+    records = [measured(str(index), *sorted(some)) for index, some in enumerate(steps)]
+    shared = [step for step in range(1, 7) if all(step in some for some in steps)]
+    assert at_common_step(records, [Goal("loss")])[1] == (max(shared) if shared else None)

@@ -109,6 +109,39 @@ def test_poor_sweeps_have_pictures_too(tmp_path, draw, records):
     assert pixels(tmp_path / "picture.png").shape[2] == 3
 
 
+def test_where_trials_were_stopped_the_pictures_compare_at_the_last_step_of_all(tmp_path):
+    """Parallel coordinates get one more axis, and the marginals of stopped trials a median, which they had not before."""
+
+    def trials(state):
+        return [
+            TrialRecord(
+                f"t-{index}", {"a": index % 2, "b": index // 2}, "finished" if index == 0 else state,
+                {BOUND: curve(5.0, 4.0 - 0.1 * index, *([2.0] if index == 0 else []))}, num_steps=20,
+            )
+            for index in range(4)
+        ]  # fmt: skip
+
+    for state in ("stopped", "running"):
+        draw_parallel_coordinates(trials(state), GOALS[:1], str(tmp_path / f"{state}-lines.png"), "")
+        draw_marginals(trials(state), GOALS[:1], str(tmp_path / f"{state}-marginals.png"), "")
+    assert pixels(tmp_path / "stopped-lines.png").shape[1] > pixels(tmp_path / "running-lines.png").shape[1]
+    bars = [area(pixels(tmp_path / f"{state}-marginals.png"), COLOURS[1]) for state in ("stopped", "running")]
+    assert bars[0] > 50
+    assert bars[1] == 0
+
+
+def test_values_far_apart_are_drawn_on_a_logarithm(tmp_path):
+    """So that the best curves are not one line at the bottom: they take 60 pixels here, and 13 on a linear axis."""
+    records = [
+        TrialRecord(f"t-{index}", {"a": index}, "finished", {BOUND: curve(9.0, value)}, num_steps=20)
+        for index, value in enumerate([1.0, 1.4, 16.0, 16.0])
+    ]
+    draw_trial_curves(records, GOALS[:1], str(tmp_path / "curves.png"), "")
+    image = pixels(tmp_path / "curves.png")[:, :900]  # without the legend
+    lowest = [max(row for row in range(len(image)) if area(image[row : row + 1], colour)) for colour in COLOURS[:2]]
+    assert lowest[0] - lowest[1] > 40
+
+
 def test_the_best_six_trials_have_colours_and_the_rest_is_grey(tmp_path):
     records = grid()
     draw_trial_curves(records[:2], GOALS[:1], str(tmp_path / "two.png"), "")

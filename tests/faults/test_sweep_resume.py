@@ -1,4 +1,4 @@
-"""A sweep whose driver is killed: nothing that ended is repeated, and the table is that of a sweep that was left alone."""
+"""A sweep whose driver or node is killed: nothing that ended is repeated, and the table is that of a sweep left alone."""
 
 from __future__ import annotations
 
@@ -7,69 +7,65 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from raydist.checkpoint.layout import newest_complete
-from tests.runtime.sweeps import METRIC, write_sweep
-from tests.training.cases import quiet_environment, write_dataset
+from tests.faults.ray_nodes import RayNodes
+from tests.runtime.sweeps import METRIC, RATE, attempts, is_in_the_middle, lines, saved, wait_for, write_sweep
+from tests.training.cases import quiet_environment
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
+Table = list[tuple[str, str, float]]
+SWEEP: dict[str, Any] = {
+    "space": {RATE: [1e-3, 3e-3, 1e-2]},
+    "budget": {"num_steps": 200},
+    "overrides": {"training.validate_every_steps": 10, "checkpoint.every_steps": 10},
+}
 
-@pytest.fixture
-def dataset(tmp_path: Path) -> str:
-    return write_dataset(tmp_path)
 
-
-def start(path: str, *words: str) -> subprocess.Popen[str]:
+def start(path: str, *words: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "raydist.cli.main", "sweep", path, *words, "--json"]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=quiet_environment(),
+        env={**quiet_environment(), **(environment or {})},
         start_new_session=True,
     )
 
 
 def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
-    out, err = process.communicate(timeout=400)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err[-3000:]
     return json.loads(out.splitlines()[-1])
 
 
-def lines(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "trials.jsonl"
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+def table(result: Mapping[str, Any], name: str) -> Table:
+    return [
+        (trial["name"].removeprefix(name), trial["state"], round(trial["metrics"][METRIC], 9))
+        for trial in result["trials"]
+    ]
 
 
-def wait_for(condition: Any, *, timeout_s: float = 240.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.1)
+@pytest.fixture(scope="module")
+def whole(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Table:
+    """The table of the sweep, left alone."""
+    path = write_sweep(tmp_path_factory.mktemp("whole"), dataset, **SWEEP)
+    return table(finish(start(path, "name=whole")), "whole")
 
 
-def test_kill_the_driver_and_resume(dataset: str, tmp_path: Path) -> None:
-    space = {"training.optimizer.learning_rate": [1e-3, 3e-3, 1e-2]}
-    path = write_sweep(tmp_path, dataset, space=space, budget={"num_steps": 60})
-    whole = finish(start(path, "name=whole"))
+def test_kill_the_driver_and_resume(
+    dataset: str, whole: Table, tmp_path: Path, record_fault: Callable[..., None]
+) -> None:
+    path = write_sweep(tmp_path, dataset, **SWEEP)
     killed = start(path, "name=killed")
     folder = tmp_path / "out" / "killed"
-
-    def in_the_middle() -> bool:
-        states = {line["name"]: line["state"] for line in lines(folder)}
-        running = [name for name, state in states.items() if state == "running"]
-        saved = [name for name in running if newest_complete(str(folder / name)) is not None]
-        return "finished" in states.values() and bool(saved)
-
-    wait_for(in_the_middle)
+    wait_for(lambda: is_in_the_middle(folder) or killed.poll() is not None)
     os.kill(killed.pid, signal.SIGKILL)
     killed.communicate()
     before = lines(folder)
@@ -79,16 +75,44 @@ def test_kill_the_driver_and_resume(dataset: str, tmp_path: Path) -> None:
     assert ended
     assert not ended & {line["name"] for line in after}, "a finished trial was repeated"
     went_on = [name for name in {line["name"] for line in before} - ended]
-    attempts = {
-        name: {json.loads(line)["attempt"] for line in (folder / name / "metrics.jsonl").read_text().splitlines()}
-        for name in went_on
-    }
-    assert any(len(numbers) > 1 for numbers in attempts.values()), "no trial went on from its checkpoint"
-    assert table(resumed, "killed") == table(whole, "whole")
+    assert any(len(attempts(folder, name)) > 1 for name in went_on), "no trial went on from its checkpoint"
+    assert table(resumed, "killed") == whole
+    record_fault(
+        "kill -9 of a sweep's driver, then --resume",
+        "finished trials kept, running ones went on; same table",
+        steps_lost=None,
+        recovery_s=None,
+    )
 
 
-def table(result: dict[str, Any], name: str) -> list[tuple[str, str, float]]:
-    return [
-        (trial["name"].removeprefix(name), trial["state"], round(trial["metrics"][METRIC], 9))
-        for trial in result["trials"]
-    ]
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[RayNodes]:
+    cluster = RayNodes(tmp_path)
+    yield cluster
+    cluster.stop()
+
+
+def test_a_node_dies_and_the_sweep_goes_on_without_it(
+    dataset: str, whole: Table, nodes: RayNodes, tmp_path: Path, record_fault: Callable[..., None]
+) -> None:
+    """Two nodes of one CPU, a trial on each; when both trials have a checkpoint, a node is switched off."""
+    for _ in range(2):
+        nodes.add_node()
+    nodes.wait_for_cpus(2)
+    path = write_sweep(tmp_path, dataset, **SWEEP)
+    folder = tmp_path / "out" / "lost"
+    sweep = start(path, "name=lost", "--address", nodes.address, environment=nodes.environment())
+    wait_for(lambda: len(saved(folder)) == 2 or sweep.poll() is not None)
+    victim = next(node for node in nodes.nodes if node.train_workers())
+    victim.kill()
+    before = lines(folder)
+    result = finish(sweep)
+    assert table(result, "lost") == whole
+    ended = {line["name"] for line in before if line["state"] == "finished"}
+    assert not ended & {line["name"] for line in lines(folder)[len(before) :]}, "a finished trial was repeated"
+    assert not [line for line in lines(folder) if line["failure"]]
+    hit = [name for name in {line["name"] for line in before} - ended if len(attempts(folder, name)) > 1]
+    assert hit, "no trial was hit"
+    assert nodes.placement_groups() == 0
+    assert nodes.train_processes() == []
+    record_fault("a node of a sweep dies", "its trial goes on elsewhere; same table", steps_lost=None, recovery_s=None)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from raydist.config.registries import OBJECTIVES, PATHS
 from raydist.core.errors import ConfigError
 from raydist.core.rows import Rows
-from raydist.core.terms import CrossEntropyTerm, ElboTerm
+from raydist.core.terms import CrossEntropyTerm, ElboTerm, PathElboTerm
 from raydist.core.token_ids import TokenIds
 from raydist.models.heads import evaluate_terms
 from tests.objectives.test_set_block import IDS, LENGTH, random_rows, rng_of
@@ -243,8 +243,6 @@ def test_shift_reads_the_position_before_and_spares_the_first_of_each_document(p
 @pytest.mark.parametrize("loss", ["ce", "elbo"])
 def test_rows_in_which_nothing_is_generated_cost_nothing(path, loss):
     """Prompts alone, and, with a shifted reading, documents of one token: no position carries loss, no gradient is NaN."""
-    if path is METRIC and loss == "elbo":
-        return
     prompts = random_rows(3, loss_mask=torch.zeros(3, LENGTH + 1, dtype=torch.bool))
     single = random_rows(3, documents=torch.arange(LENGTH + 1, dtype=torch.int32).expand(3, -1).contiguous())
     for rows, shift in ((prompts, False), (single, True)):
@@ -318,8 +316,9 @@ def test_kinds_of_terms_and_refusals():
     assert isinstance(objective_of(UNIFORM_SOURCE, loss="elbo").terms(noised)[0], ElboTerm)
     objective, noised = corrupted(random_rows(2), METRIC)
     assert isinstance(objective.terms(noised)[0], CrossEntropyTerm)
-    with pytest.raises(ConfigError, match="no jump rates"):
-        objective_of(METRIC, loss="elbo")
+    assert isinstance(objective_of(METRIC, loss="elbo").terms(noised)[0], PathElboTerm)
+    with pytest.raises(ConfigError, match="rates between all pairs of tokens"):
+        objective_of(METRIC, loss="elbo", ids=ids_of(2000, with_mask=False))
     with pytest.raises(ConfigError, match="no jump rates"):
         objective_of(METRIC, weighting="jump_rate")
     with pytest.raises(ConfigError, match="no mask token"):

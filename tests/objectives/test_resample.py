@@ -197,6 +197,48 @@ def test_step_zero_is_the_pretrained_model_on_rows_in_order():
     assert torch.equal(with_table, tiny_decoder().logits(**inputs))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_validation_measures_next_token_prediction_on_the_rows_in_order(packed):
+    """Whatever the windows it is next_token's loss on the same rows; the table's rows other than that of offset +1 are noise.
+
+    The loss of validation stays that of training, with the same draws.
+    """
+    documents = torch.zeros(8, NUM_TOKENS, dtype=torch.int32)
+    documents[1, 9:] = packed
+    loss_mask = torch.ones(8, NUM_TOKENS, dtype=torch.bool)
+    loss_mask[2, 3:7] = not packed
+    rows = random_rows(8, documents=documents, loss_mask=loss_mask)
+    plain = NextTokenConfig().build(IDS)
+    plain_noised = plain.corrupt(rows, rng_of(rows))
+    decoder = tiny_decoder(dtype=torch.float64)
+    expected = plain.combine(decoder(**plain_noised.inputs, terms=plain.terms(plain_noised))).metrics["loss/ntp"]
+    losses = set()
+    for fields in (
+        {"window": 2, "row_probability": 0.5},
+        {"window": 4, "row_probability": 1.0, "permutation": "random"},
+    ):
+        objective = objective_of(**fields)
+        decoder = decoder_with_table(objective.config.window)
+        table = dict(decoder.named_parameters())["input_features.offset.weight"]
+        with torch.no_grad():
+            table.normal_(generator=torch.Generator().manual_seed(2))
+            table[objective.offsets.next_token_row] = 0.0
+        results = []
+        for one in (objective, objective.for_validation()):
+            noised = one.corrupt(rows, rng_of(rows))
+            results.append(one.combine(decoder(**noised.inputs, terms=one.terms(noised))))
+            assert noised.counts == plain_noised.counts
+        trained, measured = results
+        assert measured.metrics["loss/ntp"].count == expected.count
+        assert measured.metrics["loss/ntp"].total.item() == pytest.approx(expected.total.item(), rel=1e-9)
+        assert trained.metrics["loss/ntp"].count < expected.count
+        assert measured.sums["targets"].item() == pytest.approx(trained.sums["targets"].item(), rel=1e-9)
+        for kind in ("ptp", "skip"):
+            assert measured.metrics[f"loss/{kind}"].count == trained.metrics[f"loss/{kind}"].count > 0
+        losses.add(round(measured.sums["targets"].item(), 3))
+    assert len(losses) == 2
+
+
 def test_needs_declare_the_table():
     assert objective_of(window=3).needs.input_features == {"offset": 8}
 

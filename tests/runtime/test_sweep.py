@@ -4,50 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-import time
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
-from ray.util import placement_group_table
-from ray.util.state import list_actors
+import ray.train
 
 from raydist.core.errors import CapacityError
 from raydist.evaluation.sweep_records import final_value
+from raydist.runtime.ray_internals import ENVIRONMENT, InProcessTrainer, spare_workers
 from raydist.runtime.sweep import run_sweep
+from raydist.runtime.trial_stages import STAGES
 from raydist.tracking import server
-from tests.runtime.sweeps import METRIC, Watcher, make_sweep
+from raydist.tracking.jsonl import read_curve
+from tests.runtime.sweeps import METRIC, RATE, Watcher, actors, assert_nothing_left, lines, make_sweep
 
 pytestmark = pytest.mark.ray
-
-RATE = "training.optimizer.learning_rate"
-_OF_RAY_ITSELF = {"_AutoscalingCoordinatorActor"}
-
-
-def alive_actors() -> dict[str, str]:
-    """Actor id -> class name."""
-    here = ray.get_runtime_context().gcs_address  # other clusters may run on this machine
-    alive = list_actors(address=here, filters=[("state", "=", "ALIVE")])
-    return {actor.actor_id: actor.class_name for actor in alive if actor.class_name not in _OF_RAY_ITSELF}
-
-
-@pytest.fixture
-def others(ray_cluster: None) -> set[str]:
-    """Actors of earlier tests on the same cluster."""
-    return set(alive_actors())
-
-
-def assert_nothing_left(*, others: set[str]) -> None:
-    """No placement group, no actor of a trial, all CPUs free."""
-    for _ in range(50):
-        groups = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
-        actors = [name for actor, name in alive_actors().items() if actor not in others]
-        free = ray.available_resources().get("CPU", 0.0) == ray.cluster_resources()["CPU"]
-        if not groups and not actors and free:
-            return
-        time.sleep(0.2)
-    pytest.fail(f"left behind: {groups}, {actors}, CPUs free: {free}")
 
 
 def test_asha_stops_the_worst_frees_their_workers_and_leaves_nothing(
@@ -63,6 +37,7 @@ def test_asha_stops_the_worst_frees_their_workers_and_leaves_nothing(
         scheduler={"name": "asha", "grace_steps": 2, "reduction_factor": 2},
     )
     watcher = Watcher()
+    before = set(actors(alive=False))
     outcome = run_sweep(sweep, resume=False, view=watcher, register="winner")
     assert watcher.at_once == watcher.most_running == int(ray.cluster_resources()["CPU"])
     assert sorted(watcher.ended) == [f"rates-{index:03d}" for index in range(6)]
@@ -78,6 +53,11 @@ def test_asha_stops_the_worst_frees_their_workers_and_leaves_nothing(
         assert not os.path.exists(f"{record.run_dir}/export")
     assert os.path.exists(f"{outcome.best.run_dir}/export/model.safetensors")
     assert_nothing_left(others=others)
+    made = [name for actor, name in actors(alive=False).items() if actor not in before]
+    assert made.count("RayTrainWorker") == watcher.at_once, "trials did not go on in the workers of those before"
+    stages = [set(entry.stages_s) for entry in outcome.folder.trials if entry.state == "finished"]
+    assert stages
+    assert all(names == set(STAGES) for names in stages)
     check_mlflow(outcome, sweep.name)
 
 
@@ -110,7 +90,10 @@ def check_mlflow(outcome: Any, name: str) -> None:
 def test_the_number_of_workers_does_not_change_a_metric_and_a_failed_trial_does_not_end_a_sweep(
     others: set[str], dataset: str, tmp_path: Path
 ) -> None:
-    """Equal trials on one and two workers; a third one's loss is not a number."""
+    """Equal trials on one and two workers; a third one's loss is not a number before it was measured.
+
+    After a restart one that had come to its last step ends at once, also without a measurement.
+    """
     one_worker, two_workers, half = {"num_workers": 1}, {"num_workers": 2}, {"cpus_per_worker": 0.5}
     diverging = {"choice": [1e30], "when": {"scaling.cpus_per_worker": 0.5}}
     sweep = make_sweep(
@@ -118,6 +101,7 @@ def test_the_number_of_workers_does_not_change_a_metric_and_a_failed_trial_does_
         dataset,
         space={"scaling": [one_worker, two_workers, half], RATE: diverging},
         recipe={"training.optimizer.clip_norm": "null"},
+        scheduler={"name": "median", "grace_steps": 7},  # stops nobody before the last step
     )
     watcher = Watcher()
     outcome = run_sweep(sweep, resume=False, view=watcher)
@@ -129,10 +113,67 @@ def test_the_number_of_workers_does_not_change_a_metric_and_a_failed_trial_does_
     assert "not a number" in outcome.failures[failed.name]
     assert outcome.records[-1].name == failed.name
     assert_nothing_left(others=others)
+    assert failed.curve == {}
+    trials = Path(outcome.folder.file("trials.jsonl"))
+    first = trials.read_text().splitlines()[0]
+    assert json.loads(first)["name"] == one.name
+    trials.write_text(
+        trials.read_text() + first + "\n"
+    )  # as if the driver had been killed before the trial's last line
+    num_before = len(lines(trials.parent))
     again = run_sweep(sweep, resume=True, view=Watcher())
-    lines = [json.loads(line) for line in Path(again.folder.file("trials.jsonl")).read_text().splitlines()]
-    begun = [line["name"] for line in lines if line["state"] == "running"]
-    assert begun == [one.name, two.name, failed.name, failed.name], "only what failed is tried again"
+    begun = [line["name"] for line in lines(trials.parent)[num_before:] if line["state"] == "running"]
+    assert sorted(begun) == [one.name, failed.name], "only what failed or was under way is tried again"
+    (end,) = [record for record in again.records if record.name == one.name]
+    assert (end.state, end.curve) == ("finished", one.curve)
+
+
+def test_a_trial_in_used_workers_computes_what_it_computes_in_fresh_ones(
+    others: set[str], dataset: str, tmp_path: Path
+) -> None:
+    """The second and third trial run in the two workers of the first; they differ in what no number depends on."""
+    sweep = make_sweep(tmp_path, dataset, space={"checkpoint.keep": [1, 2, 3]}, recipe={"scaling.num_workers": 2})
+    before = set(actors(alive=False))
+    outcome = run_sweep(sweep, resume=False, view=Watcher())
+    made = [name for actor, name in actors(alive=False).items() if actor not in before]
+    assert made.count("RayTrainWorker") == 2
+    fresh, *used = sorted(outcome.records, key=lambda record: record.name)
+    assert [step for step, _ in fresh.curve[METRIC]] == [2, 4, 6, 8]
+    assert [record.curve for record in used] == [fresh.curve] * 2
+    losses = [read_curve(f"{record.run_dir}/metrics.jsonl")["loss"] for record in outcome.records]
+    assert losses == [losses[0]] * 3
+    assert_nothing_left(others=others)
+
+
+def test_spare_workers_are_used_again_unless_they_died(others: set[str], tmp_path: Path) -> None:
+    """In an actor, as Ray's controller wants it."""
+
+    class Host:
+        def __init__(self, folder: str) -> None:
+            os.environ.update(ENVIRONMENT)
+            self._folder = folder
+            self._spare = spare_workers(keep_s=120.0)
+
+        def fit(self, name: str) -> int:
+            trainer = InProcessTrainer(
+                lambda: os.getpid(),
+                spare=self._spare,
+                scaling_config=ray.train.ScalingConfig(num_workers=1),
+                run_config=ray.train.RunConfig(name=name, storage_path=self._folder),
+            )
+            return int(trainer.fit().return_value)
+
+        def release(self) -> None:
+            self._spare.release()
+
+    host = ray.remote(num_cpus=0)(Host).remote(str(tmp_path))
+    first = ray.get(host.fit.remote("first"))
+    assert ray.get(host.fit.remote("second")) == first
+    os.kill(first, signal.SIGKILL)
+    assert ray.get(host.fit.remote("third")) != first
+    ray.get(host.release.remote())
+    ray.kill(host)
+    assert_nothing_left(others=others)
 
 
 def test_a_sweep_that_no_node_can_hold_is_refused_with_the_numbers(

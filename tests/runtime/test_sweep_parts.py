@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,19 @@ from raydist.config.sweep_fairness import MetricConfig
 from raydist.config.sweep_schema import SchedulerConfig
 from raydist.core.errors import CapacityError, ResumeError
 from raydist.evaluation.sweep_records import TrialRecord
-from raydist.runtime.early_stopping import make_scheduler
+from raydist.runtime.bookkeeper import Bookkeeper
+from raydist.runtime.early_stopping import catch_up, make_scheduler
 from raydist.runtime.proposals import make_proposals
 from raydist.runtime.sweep_capacity import require_slots, worker_slots
 from raydist.runtime.sweep_dir import TRIALS, SweepDir, TrialEntry, open_sweep_dir
+from raydist.runtime.sweep_runner import SweepRunner
+from raydist.runtime.sweep_view import SweepView
 from raydist.runtime.trial_board import TrialBoard
-from tests.runtime.sweeps import METRIC, make_sweep
+from raydist.tracking import server
+from raydist.tracking.find import list_runs
+from raydist.tracking.sweep_runs import PARENT_TAG, start_sweep_run
+from tests.runtime.sweeps import METRIC, RATE, make_sweep
 
-RATE = "training.optimizer.learning_rate"
 TWO_RATES = {RATE: [1e-3, 3e-3]}
 
 
@@ -110,6 +116,19 @@ def test_who_may_use_a_name(
         assert caught.value.fix
 
 
+def test_a_driver_that_was_killed_before_it_had_its_name_locks_nothing(dataset: str, tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, dataset, space=TWO_RATES)
+    path = tmp_path / "out" / "rates"
+    path.mkdir(parents=True)
+    open_sweep_dir(sweep, output_dir=str(tmp_path / "out"), resume=False)
+    (path / "sweep.json").unlink()
+    open_sweep_dir(sweep, output_dir=str(tmp_path / "out"), resume=False)
+    (path / "sweep.json").unlink()
+    (path / "mine.txt").write_text("of someone else")
+    with pytest.raises(ResumeError, match="something that is no sweep"):
+        open_sweep_dir(sweep, output_dir=str(tmp_path / "out"), resume=False)
+
+
 def test_the_last_line_of_a_trial_counts_and_a_torn_one_does_not(tmp_path: Path) -> None:
     folder = SweepDir(str(tmp_path), name="s")
     entry = folder.begin(0, {"a": 1})
@@ -195,6 +214,58 @@ def test_a_restarted_scheduler_judges_by_the_trials_before(name: str) -> None:
     assert verdicts(fresh, [9.0]) == ["CONTINUE"]
 
 
+def going_on(scheduler: Any, name: str, *curve: tuple[int, float]) -> Trial:
+    """A trial that comes back with a new name after a restart."""
+    trial = Trial(name)
+    scheduler.on_trial_add(None, trial)
+    catch_up(scheduler, trial, TrialRecord("before", {}, "running", {METRIC: list(curve)}), METRIC)
+    return trial
+
+
+def verdict(scheduler: Any, trial: Trial, step: int, value: float) -> str:
+    return str(scheduler.on_trial_result(None, trial, {"step": step, METRIC: value}))
+
+
+def fresh(scheduler: Any) -> Trial:
+    return going_on(scheduler, "fresh")
+
+
+def test_a_later_value_of_a_trial_that_goes_on_is_not_booked_at_a_rung_that_it_has_passed() -> None:
+    config = SchedulerConfig(name="asha", grace_steps=100, reduction_factor=3)
+    asha = make_scheduler(config, MetricConfig(name=METRIC), first_step=100, num_steps=900)
+    trial = going_on(asha, "a", (100, 3.0))
+    assert verdict(asha, trial, 250, 2.0) == "CONTINUE"
+    assert verdict(asha, fresh(asha), 100, 2.5) == "CONTINUE", "better than the other one was at this step"
+    assert verdict(asha, going_on(asha, "worse"), 100, 3.5) == "STOP"
+
+
+def test_the_median_counts_what_trials_that_go_on_reported_and_judges_them_by_what_comes() -> None:
+    config = SchedulerConfig(name="median", grace_steps=100)
+    median = make_scheduler(config, MetricConfig(name=METRIC), first_step=100, num_steps=900)
+    good = [going_on(median, name, (100, 3.0)) for name in "ab"]
+    bad = going_on(median, "c", (100, 9.0))
+    assert [verdict(median, trial, 250, 2.0) for trial in good] == ["CONTINUE"] * 2
+    assert verdict(median, fresh(median), 100, 5.0) == "STOP"
+    assert verdict(median, bad, 250, 9.0) == "STOP"
+
+
+def test_without_early_stopping_there_is_nothing_to_catch_up_with() -> None:
+    scheduler = make_scheduler(SchedulerConfig(), MetricConfig(name=METRIC), first_step=100, num_steps=900)
+    assert verdict(scheduler, going_on(scheduler, "a", (100, 3.0)), 250, 2.0) == "CONTINUE"
+
+
+def test_a_trial_catches_up_once_when_it_has_its_actor(dataset: str, tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, dataset, space=TWO_RATES, scheduler={"name": "median", "grace_steps": 2})
+    folder = open_sweep_dir(sweep, output_dir=str(tmp_path / "out"), resume=False)
+    entry = folder.begin(0, {RATE: 1e-3})
+    folder.note(replace(entry, step=4, metrics={METRIC: 3.0}))
+    runner = SweepRunner(sweep, folder=folder, kind=None, view=SweepView())  # type: ignore[arg-type]
+    trial = Trial("new")
+    for _ in range(2):
+        runner.started(entry.name, trial)
+    assert dict(runner._judge._results) == {trial: [{"step": 4, METRIC: 3.0}]}
+
+
 # --- capacity ---
 
 
@@ -208,3 +279,35 @@ def test_slots_are_counted_node_by_node() -> None:
         require_slots(ScalingConfig(num_workers=1, cpus_per_worker=4), nodes, where="x")
     assert "3 CPU; 2 CPU" in (caught.value.found or "")
     assert "1 workers of 4 CPU" in (caught.value.expected or "")
+
+
+# --- what MLflow gets ---
+
+
+@pytest.mark.usefixtures("mlflow_environment")
+def test_a_trial_that_began_while_mlflow_was_away_finds_its_parent(
+    dataset: str, output_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = make_sweep(output_dir, dataset, space={RATE: [1e-3, 3e-3]})
+    recipe = sweep.resolve_trial(sweep.grid()[0])
+    tracking = recipe.config.tracking.model_copy(update={"mlflow_uri": f"sqlite:///{output_dir}/mlflow.db"})
+    recipe = replace(recipe, config=recipe.config.model_copy(update={"tracking": tracking}))
+    trained = str(output_dir / "trained")
+    with monkeypatch.context() as patch:
+        patch.setattr(server, "connect", lambda uri: (_ for _ in ()).throw(ConnectionError("away")))
+        parent = start_sweep_run(
+            str(output_dir / "sweep"), name="sweep", values={}, tracking=tracking, output_dir=str(output_dir)
+        )
+        books = Bookkeeper(parent, sweep="sweep")
+        books.begin(recipe, trained)
+        is_begun = threading.Event()
+        books._jobs.put(is_begun.set)
+        assert is_begun.wait(60.0)
+    books.end(recipe.config.name or "", trained, state="finished")
+    measured = record("measured", 1.5)
+    books.add_measured(measured, str(output_dir / "measured"), tracking=tracking, output_dir=str(output_dir))
+    books.close()
+    runs = {run.name: run for run in list_runs(tracking.mlflow_uri)}
+    assert len(runs) == 3
+    parents = {run.tags.get(PARENT_TAG) for name, run in runs.items() if name != "sweep"}
+    assert parents == {runs["sweep"].run_id}

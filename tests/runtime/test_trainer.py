@@ -73,6 +73,8 @@ def test_a_run_that_never_fits_is_refused(ray_cluster: None, dataset: str, tmp_p
     with pytest.raises(CapacityError, match="too small") as caught:
         require_capacity(recipe.config.scaling)
     assert "4000 CPU" in (caught.value.expected or "")
+    elastic = recipe_of(dataset, tmp_path, **{"scaling.num_workers": 4, "scaling.min_workers": 1})
+    require_capacity(elastic.config.scaling)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:port"])

@@ -13,10 +13,12 @@ import pytest
 
 from raydist.core.errors import RaydistError, TrackingError
 from raydist.tracking import server
-from raydist.tracking.artifacts import MANIFEST, ArtifactFile, list_artifacts, log_folder, pull, select
+from raydist.tracking.artifacts import MANIFEST, ArtifactFile, list_artifacts, log_folder, select
 from raydist.tracking.find import TrackedRun, find_run
 from raydist.tracking.mlflow_runs import start_run
-from tests.tracking.helpers import MlflowServer, make_config
+from raydist.tracking.pull import pull
+from tests.servers.mlflow_server import MlflowServer
+from tests.tracking.helpers import make_config
 
 FILES = {"config.json": b"{}", "model.safetensors": b"w" * 5000, "tokenizer/vocab.txt": b"a\nb\n"}
 
@@ -65,13 +67,13 @@ def test_round_trip(run: TrackedRun, folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.mlflow_server
 def test_round_trip_through_a_server(mlflow_server: MlflowServer, folder: Path, tmp_path: Path) -> None:
-    start_run(make_config(tmp_path, mlflow_uri=mlflow_server.uri), run_dir=str(tmp_path / "small"))
-    served = find_run("small", uri=mlflow_server.uri, experiment="raydist")
+    start_run(make_config(tmp_path, mlflow_uri=mlflow_server.url), run_dir=str(tmp_path / "small"))
+    served = find_run("small", uri=mlflow_server.url, experiment="raydist")
     log_folder(served, str(folder), name="model", max_bytes=1000)
     pull(served, to=str(tmp_path / "out"), names=["model"])
     assert contents(tmp_path / "out" / "model") == FILES
     with pytest.raises(TrackingError, match="no such run"):
-        find_run("smell", uri=mlflow_server.uri)
+        find_run("smell", uri=mlflow_server.url)
 
 
 def test_a_second_folder_is_added_and_an_old_name_replaced(run: TrackedRun, folder: Path, tmp_path: Path) -> None:
@@ -171,6 +173,9 @@ def test_selection_names_the_nearest() -> None:
         "model/b.bin",
     ]
     assert select(entries, None, where="") == entries
+    kept_aside = [ArtifactFile(name, 1, "0" * 64) for name in ("checkpoints/step-1/x", "registered/m/MLmodel")]
+    assert select([*entries, *kept_aside], None, where="") == entries
+    assert select([*entries, *kept_aside], ["checkpoints"], where="") == kept_aside[:1]
     with pytest.raises(TrackingError) as caught:
         select(entries, ["los.png"], where="run x")
     assert "loss.png" in (caught.value.fix or "")

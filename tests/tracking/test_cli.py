@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from raydist.cli.main import main
+from raydist.tracking import server
 from raydist.tracking.mlflow_runs import start_run
 from raydist.tracking.mlflow_tracker import open_tracker
 from tests.tracking.helpers import make_config
@@ -126,6 +127,30 @@ def test_a_name_means_the_run_directory_whose_record_knows_the_server(
     run_id = start_run(config, run_dir=str(output_dir / "small")).run_id
     _, result, _ = call(capsys, "runs", "show", "small", "--output-dir", str(output_dir))
     assert (result["run_id"], result["uri"]) == (run_id, f"sqlite:///{database}")
+
+
+def test_a_name_in_a_bucket_means_the_run_directory_there(
+    output_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(output_dir / "cache"))
+    bucket = f"memory://named-{output_dir.name}"
+    uri = f"sqlite:///{output_dir}/mlflow.db"
+    run_id = start_run(make_config(output_dir, mlflow_uri=uri), run_dir=f"{bucket}/small").run_id
+    code, result, _ = call(capsys, "runs", "show", "small", "--output-dir", bucket)
+    assert (code, result["run_id"], result["uri"]) == (0, run_id, uri)
+    code, result, _ = call(capsys, "runs", "show", "other", "--output-dir", bucket)
+    assert (code, result["what"]) == (2, "no run directory, and no MLflow to look in")
+
+
+def test_a_name_that_waits_for_mlflow_says_where_it_lies(
+    output_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(server, "connect", lambda uri: (_ for _ in ()).throw(ConnectionError("away")))
+        start_run(make_config(output_dir), run_dir=str(output_dir / "small"))
+    code, result, _ = call(capsys, "runs", "show", "small", "--output-dir", str(output_dir))
+    place = str(output_dir / "small")
+    assert (code, result["where"], result["fix"]) == (2, place, f"raydist runs sync {place}")
 
 
 def test_an_unknown_id_is_refused(output_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

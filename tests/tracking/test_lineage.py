@@ -47,6 +47,21 @@ def test_changes_staged_and_not_are_in_the_diff_without_secrets(repository: Path
     assert secret not in source.diff
 
 
+def test_files_that_are_made_for_secrets_stay_out_of_the_diff(repository: Path) -> None:
+    names = [".env", "deep/.env.local", "deep/Prod.ENV", "server.pem", "my-credentials.json", "deep/id_rsa", ".netrc"]
+    for name in [*names, "kept.py"]:
+        (repository / name).parent.mkdir(exist_ok=True)
+        (repository / name).write_text("before\n")
+    git(repository, "add", "-f", ".")
+    git(repository, "commit", "-q", "-m", "second")
+    for name in [*names, "kept.py"]:
+        (repository / name).write_text("hunter2\n" if name in names else "after\n")
+    (repository / "new.env").write_text("hunter2\n")  # not tracked
+    diff = read_source(str(repository / "deep")).diff
+    assert "hunter2" not in diff
+    assert "+after" in diff
+
+
 def test_an_untracked_file_makes_the_tree_dirty(repository: Path) -> None:
     (repository / "new.py").write_text("y = 1\n")
     source = read_source(str(repository))

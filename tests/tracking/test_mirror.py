@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from collections import Counter
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from raydist.core.errors import ConfigError, TrackingError
+from raydist.core import storage
+from raydist.core.errors import ConfigError, StorageError, TrackingError
 from raydist.tracking import jsonl, server
+from raydist.tracking.artifacts import list_artifacts
 from raydist.tracking.find import find_run
 from raydist.tracking.mirror import Mirror
 from raydist.tracking.mlflow_runs import resolve_uri, start_run, sync_run
@@ -251,6 +254,83 @@ def test_a_run_directory_in_a_bucket_goes_on_from_another_node(
     assert history(run.uri, run.run_id, "loss") == [(step, step / 2) for step in range(1, 6)]
 
 
+def test_a_bucket_that_is_away_at_the_end_does_not_change_how_the_run_ended(
+    output_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_dir = f"memory://away-{output_dir.name}/small"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(output_dir / "cache"))
+    config = make_config(output_dir, mlflow_uri=f"sqlite:///{output_dir}/mlflow.db")
+    handle = start_run(config, run_dir=run_dir)
+    tracker = open_tracker(run_dir, system_metrics=False, mirrored=False)
+    tracker.log_metrics({"loss": 0.5}, step=1)
+    tracker.close()
+
+    def refuse(*unused: object, **unused_too: object) -> None:
+        raise StorageError("the bucket cannot be reached")
+
+    with monkeypatch.context() as patch, caplog.at_level("WARNING"):
+        for name in ("list_names", "upload_file", "write_bytes", "read_bytes"):
+            original = getattr(storage, name)
+            patch.setattr(
+                storage, name,
+                lambda *paths, original=original, **rest: (
+                    refuse() if any(str(path).startswith("memory://") for path in paths) else original(*paths, **rest)
+                ),
+            )  # fmt: skip
+        assert not handle.finish("FINISHED")
+    assert f"raydist runs sync {run_dir}" in caplog.text
+    sync_run(run_dir)
+    run = find_run(run_dir)
+    assert (run.status, run.last_step) == ("FINISHED", 1)
+
+
+def test_another_machine_sends_what_an_outage_left_in_the_bucket(
+    output_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = f"memory://outage-{output_dir.name}/small"
+    config = make_config(output_dir, mlflow_uri=f"sqlite:///{output_dir}/mlflow.db")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(output_dir / "cluster"))
+    handle = start_run(config, run_dir=run_dir)
+    tracker = open_tracker(run_dir, system_metrics=False, mirrored=False)
+    tracker.log_metrics({"loss": 0.5}, step=1)
+    tracker.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(server, "connect", lambda uri: (_ for _ in ()).throw(ConnectionError("away")))
+        assert not handle.finish("FINISHED")
+    (output_dir / "cluster").rename(output_dir / "gone")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(output_dir / "laptop"))
+    sync_run(run_dir)
+    names = [entry.name for entry in list_artifacts(find_run(run_dir))]
+    assert jsonl.FILE_NAME in names
+
+
+def test_positions_of_another_copy_of_the_file_skip_nothing(output_dir: Path) -> None:
+    run_dir = output_dir / "small"
+    start_run(make_config(output_dir), run_dir=str(run_dir))
+    log(run_dir, range(1, 6))
+    sync_run(str(run_dir))
+    (run_dir / jsonl.FILE_NAME).unlink()
+    log(run_dir, range(5, 7), attempt=1)
+    sync_run(str(run_dir))
+    run = find_run(str(run_dir))
+    assert history(run.uri, run.run_id, "loss") == [(step, step / 2) for step in range(1, 7)]
+
+
+def test_a_full_disk_at_the_end_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = open_tracker(str(tmp_path / "small"), system_metrics=False)
+
+    def refuse(tracker: jsonl.JsonlTracker) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    close = jsonl.JsonlTracker.close
+    monkeypatch.setattr(jsonl.JsonlTracker, "close", lambda tracker: (close(tracker), refuse(tracker)))
+    with caplog.at_level("WARNING"):
+        tracker.close()
+    assert "No space left" in caplog.text
+
+
 def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = resolve_uri(None, output_dir=str(tmp_path), experiment="e")
     assert target is not None
@@ -262,7 +342,7 @@ def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     with pytest.raises(ConfigError, match="local folder"):
         resolve_uri(None, output_dir="s3://bucket/runs")
-    for wrong in ("htp://x", "mlruns", "http://me:" + "pw@host:5000"):
+    for wrong in ("htp://x", "mlruns", "http://me:" + "pw@host:5000", "http://[::1", "http://me:" + "pw@[::1"):
         with pytest.raises(TrackingError) as caught:
             resolve_uri(wrong, output_dir=str(tmp_path))
         assert "pw" not in str(caught.value)

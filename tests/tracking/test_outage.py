@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 from pathlib import Path
 
 import pytest
 
 from raydist.core.errors import TrackingError
 from raydist.tracking import jsonl, server
-from raydist.tracking.artifacts import pull
 from raydist.tracking.find import find_run
 from raydist.tracking.mlflow_runs import start_run, sync_run
 from raydist.tracking.mlflow_tracker import open_tracker
-from tests.tracking.helpers import MlflowServer, history, make_config
+from raydist.tracking.pull import pull
+from tests.servers.mlflow_server import MlflowServer
+from tests.tracking.helpers import history, make_config
 
 pytestmark = pytest.mark.mlflow_server
 
@@ -29,19 +29,19 @@ def warnings(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 def test_a_frozen_server(tmp_path: Path, mlflow_server: MlflowServer, warnings: pytest.LogCaptureFixture) -> None:
     run_dir = tmp_path / "small"
-    handle = start_run(make_config(tmp_path, mlflow_uri=mlflow_server.uri), run_dir=str(run_dir))
+    handle = start_run(make_config(tmp_path, mlflow_uri=mlflow_server.url), run_dir=str(run_dir))
     tracker = open_tracker(str(run_dir), system_metrics=False)
     tracker.log_metrics({"loss": 0.0}, step=0)
     assert tracker.flush()
 
-    mlflow_server.send_signal(signal.SIGSTOP)
+    mlflow_server.pause()
     try:
         for step in range(1, 201):
             tracker.log_metrics({"loss": step / 2}, step=step)
         assert len(jsonl.read_curve(str(run_dir / "metrics.jsonl"))["loss"]) == 201
         assert not tracker.flush(timeout_s=20.0)
     finally:
-        mlflow_server.send_signal(signal.SIGCONT)
+        mlflow_server.resume()
     assert tracker.flush()
     tracker.close()
     assert handle.finish("FINISHED")
@@ -59,7 +59,7 @@ def test_a_server_that_is_down_from_start_to_end(
     run_dir = tmp_path / "small"
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "w.bin").write_bytes(os.urandom(1000))
-    config = make_config(tmp_path, mlflow_uri=mlflow_server.uri)
+    config = make_config(tmp_path, mlflow_uri=mlflow_server.url)
     mlflow_server.kill()
     try:
         for steps in (range(1, 8), range(5, 11)):
@@ -76,7 +76,7 @@ def test_a_server_that_is_down_from_start_to_end(
             find_run(str(run_dir))
         with pytest.raises(TrackingError, match="cannot be reached") as caught:
             sync_run(str(run_dir))
-        assert caught.value.where == mlflow_server.uri
+        assert caught.value.where == mlflow_server.url
     finally:
         mlflow_server.start()
 

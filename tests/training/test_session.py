@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from data_loaders.loader import Loader
 from raydist.checkpoint.layout import newest_complete
 from raydist.config.load import resolve
 from raydist.core.errors import ConfigError, DataError, NonFiniteError, ResumeError, TokenizerError
@@ -18,6 +19,7 @@ from raydist.objectives.set_block import SetBlock
 from raydist.tracking.jsonl import read_curve
 from raydist.training.driver import conduct
 from raydist.training.hooks import Hook
+from raydist.training.loop import TrainLoop
 from raydist.training.run_dir import prepare_run_dir
 from raydist.training.session import run_attempt
 from tests.training.cases import recipe_of, recipe_values, write_dataset
@@ -168,3 +170,15 @@ def test_a_hook_ends_a_run_at_a_validation_and_it_can_go_on(dataset: str, tmp_pa
     assert not (Path(run_dir) / "pictures").exists(), "pictures are the driver's then"
     whole = recipe_of(dataset, tmp_path / "whole", **changes)
     assert run_attempt(whole, run_dir=prepare_run_dir(whole, resume=False)).metrics["loss"] == again.metrics["loss"]
+
+
+def test_the_last_save_does_not_wait_for_the_loader(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loader's thread may hang in a bucket that is away."""
+    events: list[str] = []
+    finish_saves, close = TrainLoop.finish_saves, Loader.close
+    monkeypatch.setattr(TrainLoop, "finish_saves", lambda self: (finish_saves(self), events.append("saved")))
+    monkeypatch.setattr(Loader, "close", lambda self: (events.append("closed"), close(self)))
+    run(recipe_of(dataset, tmp_path, **{"training.num_steps": 2}))
+    assert events[-2:] == ["saved", "closed"]
