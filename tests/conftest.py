@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.runtime.shared_ray import SharedRay
+
 # Shared and busy machines: a slow draw says nothing about the code.
 settings.register_profile("raydist", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("raydist")
@@ -16,9 +18,14 @@ pytest_plugins = ["tests.servers.fixtures", "tests.servers.mlflow_fixtures"]
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """One embedded Ray for all tests marked ``ray``, which run in one process; ends with the session."""
-    from raydist.runtime.cluster import connected
+def shared_ray() -> Iterator[SharedRay]:
+    """Ends with the session."""
+    shared = SharedRay()
+    yield shared
+    shared.stop()
 
-    with connected(address=None, min_cpus=2):
-        yield
+
+@pytest.fixture
+def ray_cluster(shared_ray: SharedRay) -> None:
+    """One embedded Ray for all tests marked ``ray``, which run in one process."""
+    shared_ray.begin()

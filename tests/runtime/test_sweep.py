@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 import ray.train
+from ray.util import placement_group, placement_group_table, remove_placement_group
 
 from raydist.core.errors import CapacityError
-from raydist.evaluation.sweep_records import final_value
+from raydist.evaluation.sweep_records import TrialRecord, final_value
 from raydist.runtime.ray_internals import ENVIRONMENT, InProcessTrainer, spare_workers
 from raydist.runtime.sweep import run_sweep
 from raydist.runtime.trial_stages import STAGES
 from raydist.tracking import server
 from raydist.tracking.jsonl import read_curve
+from raydist.training.lease import LEASE
 from tests.runtime.sweeps import METRIC, RATE, Watcher, actors, assert_nothing_left, lines, make_sweep
 
 pytestmark = pytest.mark.ray
@@ -186,3 +189,32 @@ def test_a_sweep_that_no_node_can_hold_is_refused_with_the_numbers(
         run_sweep(sweep, resume=False, view=Watcher())
     assert "1 workers of 100 CPU" in (caught.value.expected or "")
     assert not (tmp_path / "out" / "rates").exists(), "the name of a refused sweep must stay free"
+
+
+def test_an_interrupted_sweep_takes_its_trials_down_before_the_driver_goes(
+    others: set[str], dataset: str, tmp_path: Path
+) -> None:
+    """Here the driver's process lives on, and with it all that Ray ends with a driver."""
+
+    class Interrupter(Watcher):
+        def on_change(self, records: Sequence[TrialRecord]) -> None:
+            super().on_change(records)
+            if sum(record.state == "running" and record.num_steps > 1 for record in records) == 2:
+                raise KeyboardInterrupt
+
+    mine = placement_group([{"memory": 1.0}])
+    assert mine.wait(30)
+    sweep = make_sweep(tmp_path, dataset, space={RATE: [1e-3, 3e-3]}, budget={"num_steps": 2000})
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(sweep, resume=False, view=Interrupter())
+    assert states() == {mine.id.hex(): "CREATED"}
+    remove_placement_group(mine)
+    assert_nothing_left(others=others)
+    folder = tmp_path / "out" / "rates"
+    assert {line["state"] for line in lines(folder)} == {"running"}
+    assert json.loads((folder / LEASE).read_text())["ended"]
+
+
+def states() -> dict[str, str]:
+    """Of the placement groups that hold a place or wait for one."""
+    return {name: group["state"] for name, group in placement_group_table().items() if group["state"] != "REMOVED"}
