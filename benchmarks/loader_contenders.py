@@ -1,6 +1,6 @@
 """The contenders of ``loader.py``, one per process: raydist's loader, numpy, and three loader libraries.
 
-Each makes its files from the same rows and reads them in a random order, in batches of int64 torch tensors ``[32, 513]``.
+Each makes its files from the same rows and reads them in a random order, in batches of int64 torch tensors.
 It takes orders from stdin, one JSON line each:
 
 - ``{"order": "open"}`` is answered by the package's version, or by why the contender is absent;
@@ -22,11 +22,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SEQ_LEN, BATCH_ROWS = 512, 32
 NUM_SHARDS = 8
 MIN_MEASURE_S = 0.5
-ROW_TOKENS = SEQ_LEN + 1
 Batches = Callable[[], Iterator[Any]]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a batch."""
+
+    seq_len: int
+    batch_rows: int
+
+    @property
+    def row_tokens(self) -> int:
+        """A row carries one token more than the model sees."""
+        return self.seq_len + 1
 
 
 @dataclass(frozen=True)
@@ -35,17 +46,17 @@ class Entry:
 
     package: str | None
     work: str
-    open: Callable[[Path], Batches]
+    open: Callable[[Path, Shape], Batches]
 
 
-def write_rows(folder: Path, *, num_rows: int) -> None:
+def write_rows(folder: Path, shape: Shape, *, num_rows: int) -> None:
     """``tokens.npy``, a stream of uint16; ``rows.npy``, its rows, copied; and the stream as a raydist dataset."""
     import numpy as np
 
-    tokens_T = np.random.default_rng(0).integers(0, 4096, size=num_rows * SEQ_LEN + 1, dtype=np.uint16)
+    tokens_T = np.random.default_rng(0).integers(0, 4096, size=num_rows * shape.seq_len + 1, dtype=np.uint16)
     np.save(folder / "tokens.npy", tokens_T)
-    np.save(folder / "rows.npy", _rows_of(tokens_T))
-    write_dataset(folder / "raydist", tokens_T, seq_len=SEQ_LEN)
+    np.save(folder / "rows.npy", _rows_of(tokens_T, shape))
+    write_dataset(folder / "raydist", tokens_T, seq_len=shape.seq_len)
 
 
 def write_dataset(folder: Path, tokens_T: Any, *, seq_len: int) -> None:
@@ -80,83 +91,83 @@ def open_mixture(folder: Path, *, seq_len: int) -> Any:
     return open_datasets([DatasetWeight(str(folder / "raydist"))], cache=cache, seq_len=seq_len, seed=0)
 
 
-def _raydist(folder: Path) -> Batches:
+def _raydist(folder: Path, shape: Shape) -> Batches:
     from data_loaders.loader import Loader
     from raydist.core.rows import Rows
 
-    mixture = open_mixture(folder, seq_len=SEQ_LEN)
+    mixture = open_mixture(folder, seq_len=shape.seq_len)
 
     def batches() -> Iterator[Any]:
-        num_steps = mixture.num_rows // BATCH_ROWS
-        loader: Loader[Rows] = Loader(mixture, batch_rows=BATCH_ROWS, num_steps=num_steps, prefetch_steps=0)
+        num_steps = mixture.num_rows // shape.batch_rows
+        loader: Loader[Rows] = Loader(mixture, batch_rows=shape.batch_rows, num_steps=num_steps, prefetch_steps=0)
         for rows in loader:
             yield rows.tokens_BS
 
     return batches
 
 
-def _memmap(folder: Path) -> Batches:
+def _memmap(folder: Path, shape: Shape) -> Batches:
     import numpy as np
     import torch
 
-    rows_NS: Any = _rows_of(np.load(folder / "tokens.npy", mmap_mode="r"))
+    rows_NS: Any = _rows_of(np.load(folder / "tokens.npy", mmap_mode="r"), shape)
     order_N = np.random.default_rng(2).permutation(len(rows_NS))
 
     def batches() -> Iterator[Any]:
-        for start in range(0, len(order_N), BATCH_ROWS):
-            yield torch.from_numpy(rows_NS[order_N[start : start + BATCH_ROWS]].astype(np.int64))
+        for start in range(0, len(order_N), shape.batch_rows):
+            yield torch.from_numpy(rows_NS[order_N[start : start + shape.batch_rows]].astype(np.int64))
 
     return batches
 
 
-def _rows_of(tokens_T: Any) -> Any:
+def _rows_of(tokens_T: Any, shape: Shape) -> Any:
     import numpy as np
 
-    return np.lib.stride_tricks.sliding_window_view(np.asarray(tokens_T), ROW_TOKENS)[::SEQ_LEN]
+    return np.lib.stride_tricks.sliding_window_view(np.asarray(tokens_T), shape.row_tokens)[:: shape.seq_len]
 
 
-def _datasets_torch(folder: Path) -> Batches:
+def _datasets_torch(folder: Path, shape: Shape) -> Batches:
     import torch
 
-    table, order = _datasets_table(folder)
+    table, order = _datasets_table(folder, shape)
     table = table.with_format("torch", dtype=torch.int64)
 
     def batches() -> Iterator[Any]:
-        for start in range(0, len(order), BATCH_ROWS):
-            yield table[order[start : start + BATCH_ROWS]]["tokens"]
+        for start in range(0, len(order), shape.batch_rows):
+            yield table[order[start : start + shape.batch_rows]]["tokens"]
 
     return batches
 
 
-def _datasets_arrow(folder: Path) -> Batches:
+def _datasets_arrow(folder: Path, shape: Shape) -> Batches:
     import numpy as np
     import torch
 
-    table, order = _datasets_table(folder)
+    table, order = _datasets_table(folder, shape)
     table = table.with_format("arrow")
 
     def batches() -> Iterator[Any]:
-        for start in range(0, len(order), BATCH_ROWS):
-            tokens_T = table[order[start : start + BATCH_ROWS]]["tokens"].combine_chunks().flatten().to_numpy()
-            yield torch.from_numpy(tokens_T.reshape(-1, ROW_TOKENS).astype(np.int64))
+        for start in range(0, len(order), shape.batch_rows):
+            tokens_T = table[order[start : start + shape.batch_rows]]["tokens"].combine_chunks().flatten().to_numpy()
+            yield torch.from_numpy(tokens_T.reshape(-1, shape.row_tokens).astype(np.int64))
 
     return batches
 
 
-def _datasets_table(folder: Path) -> tuple[Any, list[int]]:
+def _datasets_table(folder: Path, shape: Shape) -> tuple[Any, list[int]]:
     import datasets
     import numpy as np
 
     target = folder / "datasets"
     if not target.exists():
-        features = datasets.Features({"tokens": datasets.List(datasets.Value("uint16"), length=ROW_TOKENS)})
+        features = datasets.Features({"tokens": datasets.List(datasets.Value("uint16"), length=shape.row_tokens)})
         rows_NS = np.load(folder / "rows.npy")
         datasets.Dataset.from_dict({"tokens": rows_NS}, features=features).save_to_disk(str(target))
     table = datasets.load_from_disk(str(target))
     return table, np.random.default_rng(2).permutation(len(table)).tolist()
 
 
-def _litdata(folder: Path) -> Batches:
+def _litdata(folder: Path, shape: Shape) -> Batches:
     import litdata
     import numpy as np
     import torch
@@ -164,7 +175,7 @@ def _litdata(folder: Path) -> Batches:
     target = folder / "litdata"
     if not target.exists():
         rows_NS = np.load(folder / "rows.npy")
-        chunk_tokens = len(rows_NS) // NUM_SHARDS * ROW_TOKENS
+        chunk_tokens = len(rows_NS) // NUM_SHARDS * shape.row_tokens
         writer = litdata.streaming.writer.BinaryWriter(
             str(target), chunk_size=chunk_tokens, item_loader=litdata.TokensLoader()
         )
@@ -173,9 +184,9 @@ def _litdata(folder: Path) -> Batches:
         writer.done()
         writer.merge()
     dataset = litdata.StreamingDataset(
-        str(target), item_loader=litdata.TokensLoader(block_size=ROW_TOKENS), shuffle=True, drop_last=True
+        str(target), item_loader=litdata.TokensLoader(block_size=shape.row_tokens), shuffle=True, drop_last=True
     )
-    loader = litdata.StreamingDataLoader(dataset, batch_size=BATCH_ROWS, num_workers=0)
+    loader = litdata.StreamingDataLoader(dataset, batch_size=shape.batch_rows, num_workers=0)
 
     def batches() -> Iterator[Any]:
         for batch in loader:
@@ -184,18 +195,18 @@ def _litdata(folder: Path) -> Batches:
     return batches
 
 
-def _streaming(folder: Path) -> Batches:
+def _streaming(folder: Path, shape: Shape) -> Batches:
     import numpy as np
     import streaming
     import torch
 
     target = folder / "streaming"
     if not target.exists():
-        with streaming.MDSWriter(out=str(target), columns={"tokens": f"ndarray:uint16:{ROW_TOKENS}"}) as writer:
+        with streaming.MDSWriter(out=str(target), columns={"tokens": f"ndarray:uint16:{shape.row_tokens}"}) as writer:
             for row_S in np.load(folder / "rows.npy"):
                 writer.write({"tokens": row_S})
-    dataset = streaming.StreamingDataset(local=str(target), shuffle=True, batch_size=BATCH_ROWS)
-    loader = torch.utils.data.DataLoader(dataset, batch_size=BATCH_ROWS)
+    dataset = streaming.StreamingDataset(local=str(target), shuffle=True, batch_size=shape.batch_rows)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=shape.batch_rows)
 
     def batches() -> Iterator[Any]:
         for batch in loader:
@@ -228,22 +239,22 @@ ENTRIES = {
 }
 
 
-def _opened(name: str, folder: Path) -> tuple[Batches | None, dict[str, Any]]:
+def _opened(name: str, folder: Path, shape: Shape) -> tuple[Batches | None, dict[str, Any]]:
     entry = ENTRIES[name]
     try:
         import torch
 
         torch.set_num_threads(1)
-        batches = entry.open(folder)
+        batches = entry.open(folder, shape)
     except Exception as error:
         return None, {"absent": f"{type(error).__name__}: {error}"[:200]}
     return batches, {"version": importlib.metadata.version(entry.package) if entry.package else "this repository"}
 
 
-def _check(batches: Batches) -> dict[str, Any]:
+def _check(batches: Batches, shape: Shape) -> dict[str, Any]:
     num_rows = checksum = 0
     for tokens_BS in batches():
-        assert (str(tokens_BS.dtype), tokens_BS.shape[1]) == ("torch.int64", ROW_TOKENS)
+        assert (str(tokens_BS.dtype), tokens_BS.shape[1]) == ("torch.int64", shape.row_tokens)
         num_rows += len(tokens_BS)
         checksum += int(tokens_BS.sum())
     return {"num_rows": num_rows, "checksum": checksum}
@@ -265,13 +276,14 @@ def _measure(batches: Batches) -> dict[str, Any]:
 def main() -> None:
     """Takes orders until stdin ends."""
     spec = json.loads(sys.argv[1])
-    batches, hello = _opened(spec["name"], Path(spec["folder"]))
+    shape = Shape(**spec["shape"])
+    batches, hello = _opened(spec["name"], Path(spec["folder"]), shape)
     for line in sys.stdin:
         order = json.loads(line)["order"]
         if batches is None or order == "open":
             print(json.dumps(hello), flush=True)
         else:
-            print(json.dumps(_check(batches) if order == "check" else _measure(batches)), flush=True)
+            print(json.dumps(_check(batches, shape) if order == "check" else _measure(batches)), flush=True)
 
 
 if __name__ == "__main__":

@@ -33,47 +33,36 @@ class Chunk:
 
     Attributes:
         tokens_NS: in the shards' token type.
+        documents_NS: which document of its row a token belongs to, int16, or int32 for rows of ``2**15`` tokens or more.
         loss_mask_NS: loss masks, or None.
-        piece_lengths_P: tokens of each piece of a document that lies in one row, over all samples in order.
-        piece_numbers_P: the piece's number in its row, int16, or int32 for rows of ``2**15`` tokens or more.
-        first_pieces_N1: the first piece of each sample; the last entry is the number of pieces.
         rows_N: global row ids.
         epochs_N: how often each row was read before.
         samples_N: each row's number in the whole run.
     """
 
     tokens_NS: npt.NDArray[Any]
+    documents_NS: npt.NDArray[np.signedinteger[Any]]
     loss_mask_NS: npt.NDArray[np.bool_] | None
-    piece_lengths_P: IntArray
-    piece_numbers_P: npt.NDArray[np.signedinteger[Any]]
-    first_pieces_N1: IntArray
     rows_N: IntArray
     epochs_N: IntArray
     samples_N: IntArray
 
     def batches(self, num_rows: int, *, first_step: int) -> Iterator[Rows]:
-        """Batches of ``num_rows`` rows, each widened when it is taken, so that its tensors stay in the CPU's cache."""
+        """Batches of ``num_rows`` rows: views, but for the tokens, which are widened when their batch is taken, so that they
+        stay in the CPU's cache.
+        """
         num_batches = len(self.rows_N) // num_rows
-        ids = (_in_batches(ids_N, num_batches, num_rows) for ids_N in (self.rows_N, self.epochs_N, self.samples_N))
-        first_pieces = self.first_pieces_N1[: num_batches * num_rows + 1 : num_rows].tolist()
-        pieces = itertools.pairwise(first_pieces)
-        for index, (first, end), rows_B, epochs_B, samples_B in zip(range(num_batches), pieces, *ids, strict=True):
-            start, stop = index * num_rows, (index + 1) * num_rows
-            documents_T = self.piece_numbers_P[first:end].repeat(self.piece_lengths_P[first:end])
-            yield Rows(
-                step=first_step + index,
-                tokens_BS=torch.from_numpy(self.tokens_NS[start:stop].astype(np.int64)),
-                documents_BS=torch.from_numpy(documents_T.reshape(num_rows, -1)),
-                loss_mask_BS=None if self.loss_mask_NS is None else torch.from_numpy(self.loss_mask_NS[start:stop]),
-                rows_B=rows_B,
-                epochs_B=epochs_B,
-                samples_B=samples_B,
-            )
 
+        def views(array_N: npt.NDArray[Any]) -> tuple[Tensor, ...]:
+            """One a batch, in one call, which costs a fraction of a call for each."""
+            whole = torch.from_numpy(array_N[: num_batches * num_rows])
+            return whole.view(num_batches, num_rows, *array_N.shape[1:]).unbind()
 
-def _in_batches(ids_N: IntArray, num_batches: int, num_rows: int) -> tuple[Tensor, ...]:
-    """One view a batch; made for all batches in one call, which costs a fraction of a call for each."""
-    return torch.from_numpy(ids_N[: num_batches * num_rows].reshape(num_batches, num_rows)).unbind()
+        masks = itertools.repeat(None) if self.loss_mask_NS is None else views(self.loss_mask_NS)
+        columns = (views(self.tokens_NS), views(self.documents_NS), masks)
+        ids = (views(self.rows_N), views(self.epochs_N), views(self.samples_N))
+        for step, tokens_BS, *others in zip(itertools.count(first_step), *columns, *ids, strict=False):
+            yield Rows(step, tokens_BS.long(), *others)
 
 
 def gather(mixture: Mixture, samples_N: IntArray, *, chunk_rows: int, step_rows: int | None = None) -> Iterator[Chunk]:
@@ -132,12 +121,12 @@ def _read(mixture: Mixture, located: _Located, *, chunk_rows: int) -> Iterator[C
     shape = len(samples_N), mixture.seq_len + 1
     lengths_P, numbers_P, first_pieces_N1 = _pieces(np.sort(np.concatenate(begins)), shape=shape)
     for index, (start, stop) in enumerate(itertools.pairwise(edges)):
-        first, end = first_pieces_N1[start], first_pieces_N1[stop]
+        copies = opening.pop() if opening else _copied(mixture, groups, index, start=start, stop=stop)
+        pieces = slice(first_pieces_N1[start], first_pieces_N1[stop])
         yield Chunk(
-            *(opening.pop() if opening else _copied(mixture, groups, index, start=start, stop=stop)).arrays,
-            lengths_P[first:end],
-            numbers_P[first:end],
-            first_pieces_N1[start : stop + 1] - first,
+            copies.tokens_NS,
+            numbers_P[pieces].repeat(lengths_P[pieces]).reshape(stop - start, -1),
+            copies.loss_mask_NS,
             addresses.rows_N[start:stop],
             addresses.epochs_N[start:stop],
             samples_N[start:stop],
@@ -148,14 +137,15 @@ def _read(mixture: Mixture, located: _Located, *, chunk_rows: int) -> Iterator[C
 class _Copies:
     """A chunk's tokens and loss mask, to be filled, and a view of the tokens with a row as one item."""
 
-    arrays: tuple[npt.NDArray[Any], npt.NDArray[np.bool_] | None]
+    tokens_NS: npt.NDArray[Any]
+    loss_mask_NS: npt.NDArray[np.bool_] | None
     items_N: npt.NDArray[np.void]
 
 
 def _empty(mixture: Mixture, num_rows: int) -> _Copies:
     tokens_NS = np.empty((num_rows, mixture.seq_len + 1), dtype=mixture.manifest.token_dtype)
     mask_NS = np.empty(tokens_NS.shape, dtype=np.bool_) if mixture.has_loss_mask else None
-    return _Copies((tokens_NS, mask_NS), as_items(tokens_NS))
+    return _Copies(tokens_NS, mask_NS, as_items(tokens_NS))
 
 
 def _copied(mixture: Mixture, groups: Sequence[_Group], chunk: int, *, start: int, stop: int) -> _Copies:
@@ -194,7 +184,7 @@ class _Group:
 
     def copy(self, chunk: int, *, start: int, copies: _Copies) -> None:
         """Copies what a chunk that begins at sample ``start`` takes of the shard to its place."""
-        tokens_NS, mask_NS = copies.arrays
+        tokens_NS, mask_NS = copies.tokens_NS, copies.loss_mask_NS
         taken = slice(self.edges[chunk], self.edges[chunk + 1])
         if taken.start == taken.stop:
             return
