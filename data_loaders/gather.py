@@ -58,11 +58,16 @@ class Chunk:
             whole = torch.from_numpy(array_N[: num_batches * num_rows])
             return whole.view(num_batches, num_rows, *array_N.shape[1:]).unbind()
 
-        masks = itertools.repeat(None) if self.loss_mask_NS is None else views(self.loss_mask_NS)
-        columns = (views(self.tokens_NS), views(self.documents_NS), masks)
-        ids = (views(self.rows_N), views(self.epochs_N), views(self.samples_N))
-        for step, tokens_BS, *others in zip(itertools.count(first_step), *columns, *ids, strict=False):
-            yield Rows(step, tokens_BS.long(), *others)
+        return map(
+            Rows,
+            itertools.count(first_step),
+            map(Tensor.long, views(self.tokens_NS)),
+            views(self.documents_NS),
+            itertools.repeat(None) if self.loss_mask_NS is None else views(self.loss_mask_NS),
+            views(self.rows_N),
+            views(self.epochs_N),
+            views(self.samples_N),
+        )
 
 
 def gather(mixture: Mixture, samples_N: IntArray, *, chunk_rows: int, step_rows: int | None = None) -> Iterator[Chunk]:
