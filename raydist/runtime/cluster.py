@@ -106,11 +106,7 @@ def require_capacity(scaling: ScalingConfig) -> None:
     """
     import ray
 
-    have = ray.cluster_resources()
-    num_workers = scaling.min_workers or scaling.num_workers
-    need = {"CPU": num_workers * scaling.cpus_per_worker}
-    if scaling.use_gpu:
-        need["GPU"] = float(num_workers)
+    have, need = ray.cluster_resources(), _need(scaling)
     short = {name: amount for name, amount in need.items() if have.get(name, 0.0) < amount}
     if short:
         raise CapacityError(
@@ -120,3 +116,22 @@ def require_capacity(scaling: ScalingConfig) -> None:
             expected=", ".join(f"{amount:g} {name}" for name, amount in need.items()),
             fix="lower scaling.num_workers or scaling.cpus_per_worker, or use a larger cluster: --address ...",
         )
+
+
+def missing_room(scaling: ScalingConfig) -> str | None:
+    """What a run lacks in the connected cluster just now, in words; None if it has room."""
+    import ray
+
+    free, have, need = ray.available_resources(), ray.cluster_resources(), _need(scaling)
+    if all(free.get(name, 0.0) >= amount for name, amount in need.items()):
+        return None
+    amounts = (f"{amount:g} {name} of {have.get(name, 0.0):g}" for name, amount in need.items())
+    frees = (f"{free.get(name, 0.0):g} {name}" for name in need)
+    return f"it needs {', '.join(amounts)}; free: {', '.join(frees)}"
+
+
+def _need(scaling: ScalingConfig) -> dict[str, float]:
+    """By the fewest workers."""
+    num_workers = scaling.min_workers or scaling.num_workers
+    gpus = {"GPU": float(num_workers)} if scaling.use_gpu else {}
+    return {"CPU": num_workers * scaling.cpus_per_worker, **gpus}

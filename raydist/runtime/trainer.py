@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from typing import Any
@@ -15,19 +16,21 @@ from ray.train.v2._internal.constants import WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_V
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydist.config.load import Recipe, with_absolute_paths
+from raydist.config.schema import ScalingConfig
 from raydist.core import storage
 from raydist.core.errors import CapacityError
 from raydist.core.log import get_logger
-from raydist.runtime.cluster import connected, require_capacity
+from raydist.runtime.cluster import connected, missing_room, require_capacity
 from raydist.runtime.elastic import RunTrainer
 from raydist.runtime.monitor import RunMonitor, raise_mistake, replay
 from raydist.runtime.stopping import StopSignals
 from raydist.runtime.worker import worker_main
-from raydist.training.hooks import Hook
+from raydist.training.hooks import Hook, RunFacts
 from raydist.training.lease import holder_of
 from raydist.training.session import Outcome
 
 _POLL_S = 0.3
+_ROOM_PATIENCE_S = 15.0
 RAY_FOLDER = "ray"
 # Ray trains in a thread, and glibc gives a thread memory that it returns to the kernel whenever it is free: a fifth of a CPU
 # step. With one arena the thread shares the main one, which keep_freed_memory() tells to keep what it has.
@@ -62,15 +65,16 @@ def train_on_ray(recipe: Recipe, *, run_dir: str, address: str | None = None, ho
             "lease": holder_of(run_dir),
             "monitor": monitor,
         }
-        with _Relay(monitor, hooks), StopSignals(grace_s=scaling.stop_grace_s) as signals:
+        room = _RoomWatch(scaling)
+        with _Relay(monitor, [room, *hooks]), StopSignals(grace_s=scaling.stop_grace_s) as signals:
             while True:
-                outcome = _fit(payload, recipe, signals)
+                outcome = _fit(payload, recipe, signals, room)
                 if signals.reason is not None or not outcome.interrupted:
                     return outcome
                 ray.get(monitor.request_stop.remote(None))
 
 
-def _fit(payload: dict[str, Any], recipe: Recipe, signals: StopSignals) -> Outcome:
+def _fit(payload: dict[str, Any], recipe: Recipe, signals: StopSignals, room: _RoomWatch) -> Outcome:
     """Trains until the run is done, or until its workers have saved and ended because nodes come or go.
 
     Raises:
@@ -93,7 +97,7 @@ def _fit(payload: dict[str, Any], recipe: Recipe, signals: StopSignals) -> Outco
     )
     os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(scaling.collective_timeout_s)
     try:
-        result = _result_of(trainer, monitor, signals)
+        result = _result_of(trainer, monitor, signals, room)
     except ray.train.TrainingFailedError as error:
         raise_mistake(ray.get(monitor.mistake.remote()))
         raise _gave_up(error, recipe) from None
@@ -101,7 +105,7 @@ def _fit(payload: dict[str, Any], recipe: Recipe, signals: StopSignals) -> Outco
     return Outcome(**result.return_value)
 
 
-def _result_of(trainer: TorchTrainer, monitor: Any, signals: StopSignals) -> ray.train.Result:
+def _result_of(trainer: TorchTrainer, monitor: Any, signals: StopSignals, room: _RoomWatch) -> ray.train.Result:
     """Fits in a thread, where Ray does not take Ctrl-C for itself, and passes a signal on to the workers."""
     future: Future[ray.train.Result] = Future()
 
@@ -118,7 +122,30 @@ def _result_of(trainer: TorchTrainer, monitor: Any, signals: StopSignals) -> ray
             monitor.request_stop.remote(f"the driver received {signals.reason}")
             is_told = True
         signals.raise_if_overdue()
+        room.look()
     return future.result()
+
+
+class _RoomWatch(Hook):
+    """Says once why nothing happens: Ray waits without a word, and without end, until a busy cluster has room."""
+
+    def __init__(self, scaling: ScalingConfig) -> None:
+        self._scaling = scaling
+        self._until = time.monotonic() + _ROOM_PATIENCE_S
+        self._is_done = False
+
+    def on_start(self, facts: RunFacts) -> None:
+        """The workers are there."""
+        self._is_done = True
+
+    def look(self) -> None:
+        """Called again and again until the run ends."""
+        if self._is_done or time.monotonic() < self._until:
+            return
+        self._is_done = True
+        missing = missing_room(self._scaling)
+        if missing is not None:
+            _log.warning("the run waits for room in the Ray cluster: %s", missing)
 
 
 class _Relay:

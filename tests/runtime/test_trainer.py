@@ -6,17 +6,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from raydist.core.errors import CapacityError, ConfigError, DataError
+from raydist.runtime import trainer
 from raydist.runtime.cluster import connected, require_capacity
 from raydist.runtime.trainer import train_on_ray
 from raydist.tracking.jsonl import read_curve
 from raydist.training.hooks import Hook, RunFacts
 from raydist.training.run_dir import prepare_run_dir
 from raydist.training.session import run_attempt
+from tests.servers.processes import wait_until
 from tests.training.cases import recipe_of
 
 pytestmark = pytest.mark.ray
@@ -91,3 +94,27 @@ def test_an_existing_connection_is_kept(ray_cluster: None) -> None:
     with connected(address=None):
         assert ray.is_initialized()
     assert ray.is_initialized()
+
+
+def test_a_run_that_waits_for_a_busy_cluster_says_so(
+    ray_cluster: None, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import ray
+    from ray.util import placement_group, remove_placement_group
+
+    monkeypatch.setattr(trainer, "_ROOM_PATIENCE_S", 1.0)
+    cpus = int(ray.cluster_resources()["CPU"])
+    busy = placement_group([{"CPU": 1.0}] * (cpus - 1))
+    assert busy.wait(30)
+    recipe = recipe_of(dataset, tmp_path, **{"training.num_steps": 2, "scaling.num_workers": 2})
+
+    def free_later() -> None:
+        wait_until(lambda: "waits for room" in caplog.text, timeout_s=60, what="the run says that it waits")
+        remove_placement_group(busy)
+
+    with caplog.at_level("WARNING", logger="raydist"), ThreadPoolExecutor() as pool:
+        freed = pool.submit(free_later)
+        outcome = train_on_ray(recipe, run_dir=prepare_run_dir(recipe, resume=False))
+        freed.result()
+    assert outcome.step == 2
+    assert caplog.text.count(f"the run waits for room in the Ray cluster: it needs 2 CPU of {cpus}; free: 1 CPU") == 1
