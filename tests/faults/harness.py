@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from raydist.core import storage
 from raydist.tracking import server
 from raydist.tracking.find import list_runs
 from raydist.tracking.jsonl import Curve, read_curve, read_records
@@ -22,6 +23,7 @@ from tests.servers.processes import wait_until
 from tests.training.cases import recipe_values
 
 DRIVER_TIMEOUT_S = 400.0
+_POLL_S, _POLL_BUCKET_S = 0.05, 0.5
 
 # Two workers and steps of a few milliseconds; whatever is silent for 30 s counts as failed.
 FAULT_RUN: dict[str, Any] = {
@@ -58,6 +60,11 @@ class Driver:
             )
 
     @property
+    def poll_s(self) -> float:
+        """How often to look at the run directory; in a bucket that costs the run something."""
+        return _POLL_BUCKET_S if storage.is_remote(self.run_dir) else _POLL_S
+
+    @property
     def output(self) -> str:
         """What it has printed."""
         return self._output.read_text(errors="replace")
@@ -85,6 +92,7 @@ class Driver:
             lambda: self._is_at(step),
             timeout_s=DRIVER_TIMEOUT_S,
             what=f"step {step}; the driver's words:\n{self.output}",
+            poll_s=self.poll_s,
         )
 
     def kill(self) -> None:
@@ -101,24 +109,24 @@ class Driver:
         return last_step(self.run_dir) >= step
 
 
-def write_recipe(folder: Path, dataset: str, **changes: Any) -> Path:
-    """A recipe file whose run directory lies in ``folder``."""
+def write_recipe(folder: Path, dataset: str, *, runs: str | None = None, **changes: Any) -> Path:
+    """A recipe file whose run directory lies in ``runs``, or else in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "case.yaml"
-    path.write_text(yaml.safe_dump(recipe_values(dataset, folder / "runs", **changes)))
+    values = recipe_values(dataset, folder / "runs", **changes)
+    path.write_text(yaml.safe_dump({**values, "output_dir": runs or values["output_dir"]}))
     return path
 
 
 def run_dir_of(recipe: Path) -> str:
     """Where the run of a recipe of :func:`write_recipe` lies."""
     values = yaml.safe_load(recipe.read_text())
-    return str(Path(values["output_dir"]) / values["name"])
+    return storage.join(values["output_dir"], values["name"])
 
 
 def records(run_dir: str) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl`` that carry a loss; none where there is no file yet."""
-    path = f"{run_dir}/metrics.jsonl"
-    return [record for record in read_records(path) if "loss" in record] if os.path.exists(path) else []
+    return [record for record in read_records(f"{run_dir}/metrics.jsonl") if "loss" in record]
 
 
 def last_step(run_dir: str) -> int:
@@ -163,7 +171,8 @@ class Recovery:
             assert driver.process.poll() is None or self._later(), driver.output
             return bool(self._later())
 
-        wait_until(has_gone_on, timeout_s=DRIVER_TIMEOUT_S, what="the run goes on after the fault")
+        what = "the run goes on after the fault"
+        wait_until(has_gone_on, timeout_s=DRIVER_TIMEOUT_S, what=what, poll_s=driver.poll_s)
         first = self._later()[0]
         before = [record["step"] for record in records(driver.run_dir) if record["attempt"] == self._attempt]
         self.steps_lost = max(before) - (first["step"] - 1)
@@ -190,9 +199,10 @@ def assert_one_finished_run(
 
 def assert_nothing_left_over(run_dir: str) -> None:
     """No temporary file and no half checkpoint in the run directory, and no lease that is held."""
-    names = [str(path) for path in Path(run_dir).rglob("*")]
+    checkpoints = storage.join(run_dir, "checkpoints")
+    steps = [name for name in storage.list_names(checkpoints) if name.startswith("step-")]
+    names = [*storage.list_files(run_dir), *steps]
     assert not [name for name in names if ".partial-" in name or ".deleted-" in name]
-    steps = [path for path in Path(run_dir, "checkpoints").iterdir() if path.is_dir()]
     assert steps
-    assert all((path / "complete.json").exists() for path in steps), steps
-    assert json.loads(Path(run_dir, "driver.json").read_text())["ended"]
+    assert [step for step in steps if not storage.exists(storage.join(checkpoints, step, "complete.json"))] == []
+    assert storage.read_json(storage.join(run_dir, "driver.json"))["ended"]

@@ -194,6 +194,16 @@ class RayNodes:
         alive = [process for node in (self.head, *self.nodes) for process in node.processes()]
         return [process.pid for process in alive if any(name in _command_line(process) for name in names)]
 
+    def assert_all_gone(self) -> None:
+        """After a driver's end: no process of Ray Train, and no reserved place in the cluster."""
+        wait_until(lambda: not self.train_processes(), timeout_s=60, what="Ray Train's processes end with their driver")
+        wait_until(lambda: self.placement_groups() == 0, timeout_s=90, what="placement groups are given back")
+
+    def words_of_workers(self) -> str:
+        """What the workers of all nodes have said on stderr; Ray keeps it in files."""
+        files = sorted(Path(self._temp_dir).glob("session_*/logs/worker-*.err"))
+        return "\n".join(file.read_text(errors="replace") for file in files)
+
     def stop(self) -> None:
         """Kills all nodes and removes their files."""
         for node in (*self.nodes, self.head):

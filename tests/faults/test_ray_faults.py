@@ -44,12 +44,6 @@ def working_nodes(nodes: RayNodes) -> list[RayNode]:
     return [node for node in nodes.nodes if node.train_workers()]
 
 
-def assert_all_gone(nodes: RayNodes) -> None:
-    """After a driver's end: no process of Ray Train, and no reserved place in the cluster."""
-    wait_until(lambda: not nodes.train_processes(), timeout_s=60, what="Ray Train's processes end with their driver")
-    wait_until(lambda: nodes.placement_groups() == 0, timeout_s=90, what="placement groups are given back")
-
-
 def test_one_fault_after_the_other(
     nodes: RayNodes, dataset: str, tmp_path: Path, whole_curve: Curve, record_fault: RecordFault
 ) -> None:
@@ -87,7 +81,7 @@ def test_one_fault_after_the_other(
     assert loss_curve(driver.run_dir) == whole_curve
     assert_one_finished_run(driver.run_dir, uri=result["mlflow_uri"], curve=whole_curve)
     assert_nothing_left_over(driver.run_dir)
-    assert_all_gone(nodes)
+    nodes.assert_all_gone()
 
 
 def test_the_driver_is_killed_and_started_again(
@@ -117,7 +111,7 @@ def test_the_driver_is_killed_and_started_again(
     assert third.wait() != 0
     stopped_at = third.summary()["step"]
     assert "--resume" in third.output
-    assert_all_gone(nodes)
+    nodes.assert_all_gone()
     assert_one_finished_run(
         third.run_dir, uri=third.summary()["mlflow_uri"], curve=whole_curve[:stopped_at], status="KILLED"
     )
@@ -132,7 +126,7 @@ def test_the_driver_is_killed_and_started_again(
     assert loss_curve(driver.run_dir) == whole_curve
     assert_one_finished_run(driver.run_dir, uri=result["mlflow_uri"], curve=whole_curve)
     assert_nothing_left_over(driver.run_dir)
-    assert_all_gone(nodes)
+    nodes.assert_all_gone()
 
 
 def test_a_node_is_drained(
