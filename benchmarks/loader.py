@@ -33,7 +33,7 @@ OWN, BAR, BY_HAND = "raydist", "numpy memmap", "datasets, arrow format"
 SHAPES = {"8B recipes": Shape(seq_len=4096, batch_rows=8), "short rows": Shape(seq_len=512, batch_rows=32)}
 RESUME_ROW, RESUME_SHAPE, RESUME_ROWS = 1_000_000, Shape(seq_len=16, batch_rows=32), 1_100_000
 BAR_GOAL, PEER_GOAL, RESUME_GOAL_MS = 0.5, 10.0, 100.0
-LOCATED_TOKENS, CHUNK_TOKENS = 1 << 23, 1 << 19  # located and copied at once, as the loader does
+LOCATED_TOKENS, CHUNK_TOKENS = 1 << 25, 1 << 19  # located and copied at once, as the loader does
 
 
 def measure_passes(contenders: Mapping[str, Contender], *, repeats: int) -> dict[str, list[dict[str, Any]]]:

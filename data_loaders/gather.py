@@ -116,15 +116,17 @@ def _read(mixture: Mixture, located: _Located, *, chunk_rows: int) -> Iterator[C
     samples_N, addresses = located.samples_N, located.addresses
     edges = [*range(0, len(samples_N), chunk_rows), len(samples_N)]
     begins, groups = [np.arange(len(samples_N)) * (mixture.seq_len + 1)], []
+    counts_N = np.ones_like(samples_N)
     opening = [_empty(mixture, edges[1])]
     for dataset, shard, chosen_G in _groups(located.datasets_N, addresses.shards_N):
         edges_in_group = np.searchsorted(chosen_G, edges).tolist()
         group = _Group(mixture.datasets[dataset], shard, chosen_G, addresses.local_rows_N[chosen_G], edges_in_group)
-        begins.append(group.cuts(seq_len=mixture.seq_len, begins_G=begins[0][chosen_G]))
+        cuts_K, num_cuts_G = group.cuts(seq_len=mixture.seq_len, begins_G=begins[0][chosen_G])
+        begins.append(cuts_K)
+        counts_N[chosen_G] += num_cuts_G
         group.copy(0, start=0, copies=opening[0])
         groups.append(group)
-    shape = len(samples_N), mixture.seq_len + 1
-    lengths_P, numbers_P, first_pieces_N1 = _pieces(np.sort(np.concatenate(begins)), shape=shape)
+    lengths_P, numbers_P, first_pieces_N1 = _pieces(begins, counts_N, row_tokens=mixture.seq_len + 1)
     for index, (start, stop) in enumerate(itertools.pairwise(edges)):
         copies = opening.pop() if opening else _copied(mixture, groups, index, start=start, stop=stop)
         pieces = slice(first_pieces_N1[start], first_pieces_N1[stop])
@@ -177,15 +179,17 @@ class _Group:
     rows_G: IntArray
     edges: list[int]
 
-    def cuts(self, *, seq_len: int, begins_G: IntArray) -> IntArray:
-        """Positions of the document boundaries strictly inside rows, if row g begins at position ``begins_G[g]``."""
+    def cuts(self, *, seq_len: int, begins_G: IntArray) -> tuple[IntArray, IntArray]:
+        """Positions of the document boundaries strictly inside rows, if row g begins at position ``begins_G[g]``; and how
+        many each row has.
+        """
         shard = self.dataset.shard(self.shard_index)
         first_cuts_R1 = shard.rows(seq_len).first_cuts_R1
         first_G = first_cuts_R1[self.rows_G]
         counts_G = first_cuts_R1[self.rows_G + 1] - first_G
         ends_G = counts_G.cumsum()
         indices_K = np.arange(ends_G[-1]) + (first_G + counts_G - ends_G).repeat(counts_G)
-        return shard.boundaries_D[indices_K] + (begins_G - self.rows_G * seq_len).repeat(counts_G)
+        return shard.boundaries_D[indices_K] + (begins_G - self.rows_G * seq_len).repeat(counts_G), counts_G
 
     def copy(self, chunk: int, *, start: int, copies: _Copies) -> None:
         """Copies what a chunk that begins at sample ``start`` takes of the shard to its place."""
@@ -217,14 +221,16 @@ def _groups(datasets_N: IntArray, shards_N: IntArray) -> Iterator[tuple[int, int
 
 
 def _pieces(
-    begins_P: IntArray, *, shape: tuple[int, int]
+    begins: Sequence[IntArray], counts_N: IntArray, *, row_tokens: int
 ) -> tuple[IntArray, npt.NDArray[np.signedinteger[Any]], IntArray]:
-    """Lengths of the pieces that begin at these positions, their numbers in their rows, and each row's first piece."""
-    num_samples, length = shape
-    first_N1 = np.append(np.flatnonzero(begins_P % length == 0), len(begins_P))
-    numbers_P = np.arange(len(begins_P)) - first_N1[:-1].repeat(np.diff(first_N1))
+    """Lengths of the pieces that begin at these positions, of which each row has so many; their numbers in their rows, and
+    each row's first piece.
+    """
+    begins_P = np.sort(np.concatenate(begins))
+    first_N1 = np.append(0, counts_N.cumsum())
+    numbers_P = np.arange(len(begins_P)) - first_N1[:-1].repeat(counts_N)
     return (
-        np.diff(begins_P, append=num_samples * length),
-        numbers_P.astype(np.int16 if length < 1 << 15 else np.int32),
+        np.diff(begins_P, append=len(counts_N) * row_tokens),
+        numbers_P.astype(np.int16 if row_tokens < 1 << 15 else np.int32),
         first_N1,
     )

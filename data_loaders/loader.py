@@ -20,8 +20,8 @@ from raydist.core.rows import Rows
 Item = TypeVar("Item")
 _POLL_S = 0.2
 _JOIN_S = 5.0
-_LOCATED_TOKENS = 1 << 23
-_LOCATED_ROWS = 16_384
+_LOCATED_TOKENS = 1 << 25
+_LOCATED_ROWS = 65_536
 _CHUNK_TOKENS = 1 << 19
 
 
