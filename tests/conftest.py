@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,10 @@ settings.register_profile("raydist", deadline=None, suppress_health_check=[Healt
 settings.load_profile("raydist")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A script that runs the tests behind `&` ignores Ctrl-C, and so would all commands that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["tests.servers.fixtures", "tests.servers.mlflow_fixtures"]
 

@@ -153,7 +153,11 @@ def _is_free(lease: dict[str, Any]) -> bool:
 
 
 def _interrupt_at_once() -> None:
-    """As if Ctrl-C had been pressed twice: the first one asks for a saved end, which is the other driver's affair now."""
+    """As if Ctrl-C had been pressed twice: the first one asks for a saved end, which is the other driver's affair now.
+
+    A shell script starts a command behind ``&`` with Ctrl-C ignored; such a process is terminated instead.
+    """
+    is_deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     for _ in range(2):
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM if is_deaf else signal.SIGINT)
         time.sleep(1.0)  # signals that are too close to each other arrive as one

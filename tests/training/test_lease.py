@@ -76,8 +76,14 @@ def beats(run_dir: Path) -> int:
     return json.loads(path.read_text())["beat"] if path.exists() else 0
 
 
-def test_a_driver_that_lost_its_lease_ends(tmp_path: Path) -> None:
-    holder = subprocess.Popen([sys.executable, "-c", _HOLD, str(tmp_path)], stderr=subprocess.PIPE, text=True)
+_DEAF = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+
+
+@pytest.mark.parametrize(
+    ("script", "codes"), [(_HOLD, (-signal.SIGINT, 130, 1)), (_DEAF + _HOLD, (-signal.SIGTERM,))], ids=["", "deaf"]
+)
+def test_a_driver_that_lost_its_lease_ends(tmp_path: Path, script: str, codes: tuple[int, ...]) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stderr=subprocess.PIPE, text=True)
     try:
         wait_until(lambda: beats(tmp_path) == 2, timeout_s=60, what="the other process has just renewed the lease")
         taken = json.dumps({"id": "another", "pid": 1, "host": "h", "time": time.time(), "beat": 1, "ended": False})
@@ -86,7 +92,7 @@ def test_a_driver_that_lost_its_lease_ends(tmp_path: Path) -> None:
     finally:
         holder.kill()
         holder.wait()
-    assert holder.returncode in (-signal.SIGINT, 130, 1)
+    assert holder.returncode in codes
     assert "another driver has taken this run over" in errors
     assert (tmp_path / LEASE).read_text() == taken
 
