@@ -180,7 +180,7 @@ def measure(folder: Path, *, mtbf_s: float, train_s: float, step_s: float, save_
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mtbf", type=float, nargs="+", default=[15.0, 30.0], help="seconds")
-    parser.add_argument("--train-s", type=float, default=75.0, help="seconds of useful steps for each MTBF")
+    parser.add_argument("--failures", type=float, default=6.0, help="how many to expect: the steps take this many MTBF")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -190,7 +190,7 @@ def main() -> None:
         calibration = recipe_of(folder, "calm", num_steps=CALIBRATION_STEPS, every_steps=50)
         step_s, save_s = costs(train(calibration))
         runs = [
-            measure(folder, mtbf_s=mtbf, train_s=args.train_s, step_s=step_s, save_s=save_s, seed=args.seed)
+            measure(folder, mtbf_s=mtbf, train_s=args.failures * mtbf, step_s=step_s, save_s=save_s, seed=args.seed)
             for mtbf in args.mtbf
         ]
     result = {

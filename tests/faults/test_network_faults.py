@@ -33,6 +33,9 @@ SHORT_CUT_S = 4.0
 # Elastic, and long enough to see the last fault; the learning rate is constant, so its beginning is that of the whole run.
 ENDLESS = {"scaling.min_workers": 1, "training.num_steps": 1_000_000}
 HEAD, FIRST, SECOND, SPARE = range(4)
+# One worker adds up gradients in another order than two. Such a difference of rounding grows from step to step; that of a
+# wrong batch is some tenths at once.
+ROUNDING, ROUNDING_STEPS, GROWN_ROUNDING = 2e-4, 50, 2e-2
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +111,7 @@ def test_cables_are_pulled(
         "the run goes on with one worker; same batches, same order",
         **recovery.figures,
     )
+    first_alone = recovery.first_step
 
     recovery = Recovery(driver)
     nodes.add_node(where=hosts.where(SPARE), ip=hosts.ip(SPARE))
@@ -119,11 +123,17 @@ def test_cables_are_pulled(
     assert driver.wait() != 0
     curve = loss_curve(driver.run_dir)
     assert [step for step, _ in curve] == list(range(1, len(curve) + 1))
-    pairs = list(zip(curve, whole_curve, strict=False))
-    assert len(pairs) > 50
-    assert [mine for (_, mine), _ in pairs] == pytest.approx([whole for _, (_, whole) in pairs], abs=2e-4)
+    assert first_alone < len(whole_curve)
+    for (step, mine), (_, whole) in zip(curve, whole_curve, strict=False):
+        if step < first_alone:
+            assert mine == whole, f"step {step}"
+        else:
+            tolerance = ROUNDING if step < first_alone + ROUNDING_STEPS else GROWN_ROUNDING
+            assert mine == pytest.approx(whole, rel=0, abs=tolerance), (
+                f"step {step}, with one worker from {first_alone}"
+            )
     uri = driver.summary()["mlflow_uri"]
-    assert_one_finished_run(driver.run_dir, uri=uri, curve=curve, status="KILLED", rounding=2e-4)
+    assert_one_finished_run(driver.run_dir, uri=uri, curve=curve, status="KILLED", rounding=ROUNDING)
     assert_nothing_left_over(driver.run_dir)
     hosts.plug(SECOND)  # a node that is cut off learns that it was given up when its network is back
     wait_until(lambda: not nodes.train_processes(), timeout_s=120, what="Ray Train's processes end with their driver")
