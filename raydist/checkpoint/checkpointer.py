@@ -88,6 +88,9 @@ class Checkpointer:
         before_marker: called on rank 0, in the thread that stores, before a checkpoint becomes complete.
         is_ours: whether the run is still ours, asked in the thread before anything is written and before the marker. When it
             is not, nothing more is written, and the next call ends in a :class:`~raydist.core.errors.ResumeError`.
+
+    Attributes:
+        passed_over: what :meth:`load_newest` found damaged, a sentence each.
     """
 
     def __init__(
@@ -112,6 +115,7 @@ class Checkpointer:
         self._peer_timeout_s = peer_timeout_s
         self._before_marker = before_marker
         self._is_ours = is_ours
+        self.passed_over: list[str] = []
         self._taken_over = False
         self._peers = PeerWait(timeout_s=peer_timeout_s)
         self._buffers = HostBuffers()
@@ -282,7 +286,8 @@ class Checkpointer:
                 checkpoint = self._read(layout.step_folder(self.run_dir, step))
                 return load_checkpoint(checkpoint, model, optimizer=optimizer)
             except CheckpointError as error:
-                _log.warning("checkpoint of step %d is passed over, trying an older one: %s", step, error)
+                self.passed_over.append(f"checkpoint of step {step} is passed over, trying an older one: {error}")
+                _log.warning(self.passed_over[-1])
                 damage = error
         if damage is not None:
             raise CheckpointError(

@@ -13,6 +13,7 @@ from raydist.core.errors import CapacityError, ConfigError
 from raydist.core.log import quiet_libraries
 
 _CONNECT_TIMEOUT_S = 5.0
+_WAITING = frozenset({"PENDING", "PREPARED", "RESCHEDULING"})  # states of a placement group without its place
 
 # Read by Ray in this process and handed on to its controller and workers; a user's own values win.
 RAY_ENVIRONMENT = {
@@ -119,15 +120,26 @@ def require_capacity(scaling: ScalingConfig) -> None:
 
 
 def missing_room(scaling: ScalingConfig) -> str | None:
-    """What a run lacks in the connected cluster just now, in words; None if it has room."""
+    """What a run of this process waits for in the connected cluster, in words; None if it has its place or can have it."""
     import ray
 
     free, have, need = ray.available_resources(), ray.cluster_resources(), _need(scaling)
-    if all(free.get(name, 0.0) >= amount for name, amount in need.items()):
+    states = own_placement_groups().values()
+    if not _WAITING.intersection(states) and all(have.get(name, 0.0) >= amount for name, amount in need.items()):
         return None
     amounts = (f"{amount:g} {name} of {have.get(name, 0.0):g}" for name, amount in need.items())
     frees = (f"{free.get(name, 0.0):g} {name}" for name in need)
     return f"it needs {', '.join(amounts)}; free: {', '.join(frees)}"
+
+
+def own_placement_groups() -> dict[str, str]:
+    """The placement groups of this Ray job that hold a place in the cluster or wait for one: id and state."""
+    import ray
+    from ray.util import placement_group_table
+
+    job = ray.get_runtime_context().get_job_id()  # the end of the id of all that a job makes
+    table = placement_group_table()
+    return {name: group["state"] for name, group in table.items() if name.endswith(job) and group["state"] != "REMOVED"}
 
 
 def _need(scaling: ScalingConfig) -> dict[str, float]:

@@ -119,15 +119,15 @@ def _process(command: Sequence[str], *, environment: Mapping[str, str], log: str
 
 def _wait_for_answer(process: subprocess.Popen[bytes], *, command: Sequence[str], log: str, url: str) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
-    while not _answers(url):
+    while not answers(url):
         if process.poll() is not None or time.monotonic() > deadline:
             words = storage.read_bytes(log).decode(errors="replace").strip().splitlines()[-5:]
             raise ClusterError("a server did not start", where=os.path.basename(command[0]), found="\n".join(words))
         time.sleep(0.2)
 
 
-def _answers(url: str) -> bool:
-    """A refusal for want of credentials is an answer too."""
+def answers(url: str) -> bool:
+    """Whether a server listens there; a refusal for want of credentials is an answer too."""
     try:
         urllib.request.urlopen(url, timeout=5).close()
     except urllib.error.HTTPError as answer:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raydist.core import errors
 from raydist.training.hooks import Hook, RunFacts
+
+_log = logging.getLogger(__name__)
 
 
 class RunMonitor:
@@ -68,11 +71,14 @@ class MonitorHook(Hook):
 
 
 def replay(events: Sequence[tuple[str, Any]], hooks: Sequence[Hook]) -> None:
-    """Calls the driver's hooks as the loop called rank 0's."""
+    """Calls the driver's hooks as the loop called rank 0's; warnings, which stand in that worker's log, are said here too."""
     for kind, content in events:
+        facts = RunFacts(**content) if kind == "start" else None
+        for warning in facts.warnings if facts is not None else ():
+            _log.warning("%s", warning)
         for hook in hooks:
-            if kind == "start":
-                hook.on_start(RunFacts(**content))
+            if facts is not None:
+                hook.on_start(facts)
             elif kind == "log":
                 hook.on_log(*content)
             elif kind == "stored":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from typing import Any
 
@@ -30,7 +30,7 @@ from raydist.training.lease import holder_of
 from raydist.training.session import Outcome
 
 _POLL_S = 0.3
-_ROOM_PATIENCE_S = 15.0
+_ROOM_PATIENCE_S = 8.0
 RAY_FOLDER = "ray"
 # Ray trains in a thread, and glibc gives a thread memory that it returns to the kernel whenever it is free: a fifth of a CPU
 # step. With one arena the thread shares the main one, which keep_freed_memory() tells to keep what it has.
@@ -66,15 +66,15 @@ def train_on_ray(recipe: Recipe, *, run_dir: str, address: str | None = None, ho
             "monitor": monitor,
         }
         room = _RoomWatch(scaling)
-        with _Relay(monitor, [room, *hooks]), StopSignals(grace_s=scaling.stop_grace_s) as signals:
+        with _Relay(monitor, [room, *hooks], look=room.look), StopSignals(grace_s=scaling.stop_grace_s) as signals:
             while True:
-                outcome = _fit(payload, recipe, signals, room)
+                outcome = _fit(payload, recipe, signals)
                 if signals.reason is not None or not outcome.interrupted:
                     return outcome
                 ray.get(monitor.request_stop.remote(None))
 
 
-def _fit(payload: dict[str, Any], recipe: Recipe, signals: StopSignals, room: _RoomWatch) -> Outcome:
+def _fit(payload: dict[str, Any], recipe: Recipe, signals: StopSignals) -> Outcome:
     """Trains until the run is done, or until its workers have saved and ended because nodes come or go.
 
     Raises:
@@ -97,7 +97,7 @@ def _fit(payload: dict[str, Any], recipe: Recipe, signals: StopSignals, room: _R
     )
     os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(scaling.collective_timeout_s)
     try:
-        result = _result_of(trainer, monitor, signals, room)
+        result = _result_of(trainer, monitor, signals)
     except ray.train.TrainingFailedError as error:
         raise_mistake(ray.get(monitor.mistake.remote()))
         raise _gave_up(error, recipe) from None
@@ -105,7 +105,7 @@ def _fit(payload: dict[str, Any], recipe: Recipe, signals: StopSignals, room: _R
     return Outcome(**result.return_value)
 
 
-def _result_of(trainer: TorchTrainer, monitor: Any, signals: StopSignals, room: _RoomWatch) -> ray.train.Result:
+def _result_of(trainer: TorchTrainer, monitor: Any, signals: StopSignals) -> ray.train.Result:
     """Fits in a thread, where Ray does not take Ctrl-C for itself, and passes a signal on to the workers."""
     future: Future[ray.train.Result] = Future()
 
@@ -122,38 +122,46 @@ def _result_of(trainer: TorchTrainer, monitor: Any, signals: StopSignals, room: 
             monitor.request_stop.remote(f"the driver received {signals.reason}")
             is_told = True
         signals.raise_if_overdue()
-        room.look()
     return future.result()
 
 
 class _RoomWatch(Hook):
-    """Says once why nothing happens: Ray waits without a word, and without end, until a busy cluster has room."""
+    """Says why nothing happens: Ray waits without a word, and without end, for room in a busy cluster or for a lost node."""
 
     def __init__(self, scaling: ScalingConfig) -> None:
         self._scaling = scaling
-        self._until = time.monotonic() + _ROOM_PATIENCE_S
-        self._is_done = False
+        self._next_look = time.monotonic() + _ROOM_PATIENCE_S
+        self._is_waiting = self._has_spoken = False
 
     def on_start(self, facts: RunFacts) -> None:
-        """The workers are there."""
-        self._is_done = True
+        """The workers are there; the next wait is another one."""
+        self._is_waiting = self._has_spoken = False
 
     def look(self) -> None:
-        """Called again and again until the run ends."""
-        if self._is_done or time.monotonic() < self._until:
+        """Called again and again; speaks once when the run has waited at two looks in a row."""
+        if self._has_spoken or time.monotonic() < self._next_look:
             return
-        self._is_done = True
+        self._next_look = time.monotonic() + _ROOM_PATIENCE_S
         missing = missing_room(self._scaling)
-        if missing is not None:
+        if missing is not None and self._is_waiting:
             _log.warning("the run waits for room in the Ray cluster: %s", missing)
+            self._has_spoken = True
+        self._is_waiting = missing is not None
 
 
 class _Relay:
-    """Polls the monitor in a thread and calls the driver's hooks; trouble there costs what it would have said, not the run."""
+    """Polls the monitor in a thread and calls the driver's hooks; trouble there costs what it would have said, not the run.
 
-    def __init__(self, monitor: object, hooks: Sequence[Hook]) -> None:
+    Args:
+        monitor: the actor.
+        hooks: of the driver.
+        look: called at every poll.
+    """
+
+    def __init__(self, monitor: object, hooks: Sequence[Hook], *, look: Callable[[], None] = lambda: None) -> None:
         self._monitor = monitor
         self._hooks = hooks
+        self._look = look
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="raydist-relay", daemon=True)
 
@@ -161,7 +169,7 @@ class _Relay:
         self._thread.start()
         return self
 
-    def __exit__(self, *unused: object) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._stopped.set()
         self._thread.join()
 
@@ -171,6 +179,7 @@ class _Relay:
             is_last = self._stopped.wait(_POLL_S)
             try:
                 replay(ray.get(self._monitor.take.remote()), self._hooks)  # type: ignore[attr-defined]
+                self._look()
                 is_failing = False
             except Exception as error:
                 if not is_failing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from enum import Enum
 from typing import Any, Protocol
 
@@ -12,11 +12,12 @@ import ray
 from ray import tune
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
-from ray.util import placement_group_table, remove_placement_group
+from ray.util import remove_placement_group
 from ray.util.placement_group import PlacementGroup
 
 from raydist.core import storage
 from raydist.core.errors import RaydistError
+from raydist.runtime.cluster import own_placement_groups
 
 _UNLIMITED = 10**6  # the searcher says when there are no more trials
 _NEWS_EVERY_S = 0.5
@@ -102,7 +103,7 @@ def run_on_tune(
             verbose=0,
         ),
     )
-    others = _placement_groups()
+    others = own_placement_groups()
     try:
         tuner.fit()
     except BaseException:
@@ -112,27 +113,21 @@ def run_on_tune(
         raise searcher.error
 
 
-def _take_down(*, but: Iterable[str]) -> None:
+def _take_down(*, but: Collection[str]) -> None:
     """Ends the trials and gives back all that they reserved; placement groups ``but`` are someone else's.
 
     Left to itself, a trial whose board or driver goes first takes its workers for failed and starts new ones, just while Ray
     ends the whole job; Ray 2.60 can then forget a worker that is being made, and its CPU with it. A placement group takes all
     that runs in it along: the trial's actor in Tune's, its workers in Train's.
     """
-    job = ray.get_runtime_context().get_job_id()  # the end of the id of all that a job makes
     end = time.monotonic() + _CLEAR_PATIENCE_S
     while time.monotonic() < end:
-        left = [name for name in _placement_groups() if name.endswith(job) and name not in but]
+        left = own_placement_groups().keys() - but
         if not left:
             return
         for name in left:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
         time.sleep(0.2)
-
-
-def _placement_groups() -> list[str]:
-    """The ids of those that hold a place in the cluster, or wait for one."""
-    return [name for name, group in placement_group_table().items() if group["state"] != "REMOVED"]
 
 
 def _trial_name(trial: Any) -> str:

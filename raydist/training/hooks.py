@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -17,6 +17,7 @@ class RunFacts:
         num_parameters: of the model.
         tokens_per_step: clean tokens that one step reads, over all workers.
         world_size: workers.
+        warnings: what the user should know of how the attempt begins, e.g. a damaged checkpoint that was passed over.
     """
 
     name: str
@@ -25,6 +26,7 @@ class RunFacts:
     num_parameters: int
     tokens_per_step: int
     world_size: int
+    warnings: Sequence[str] = ()
 
 
 class Hook:

@@ -15,7 +15,6 @@ import socket
 import threading
 import time
 import uuid
-from types import TracebackType
 from typing import Any
 
 from raydist.core import storage
@@ -60,9 +59,7 @@ class DriverLease:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._ended.set()
         self._thread.join()
         try:

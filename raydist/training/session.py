@@ -112,7 +112,7 @@ def _train(
         _require_same_data(state, parts, run_dir)
         start_step = int(state.get("step", 0))
         if workers.is_first:
-            facts = _facts(recipe, parts, workers, start_step=start_step)
+            facts = _facts(recipe, parts, workers, start_step=start_step, warnings=checkpointer.passed_over)
             for hook in hooks:
                 hook.on_start(facts)
         loader = train_loader(
@@ -141,7 +141,7 @@ def _open_tracker(recipe: Recipe, run_dir: str, workers: Workers, *, mirrored: b
     return open_tracker(run_dir, system_metrics=recipe.config.tracking.system_metrics, mirrored=mirrored)
 
 
-def _facts(recipe: Recipe, parts: Assembly, workers: Workers, *, start_step: int) -> RunFacts:
+def _facts(recipe: Recipe, parts: Assembly, workers: Workers, *, start_step: int, warnings: Sequence[str]) -> RunFacts:
     config = recipe.config
     return RunFacts(
         name=config.name or "",
@@ -150,6 +150,7 @@ def _facts(recipe: Recipe, parts: Assembly, workers: Workers, *, start_step: int
         num_parameters=parts.model.config.num_parameters,
         tokens_per_step=config.training.batch_rows * config.data.seq_len,
         world_size=workers.world_size,
+        warnings=tuple(warnings),
     )
 
 

@@ -10,12 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from raydist.tracking.jsonl import Curve, read_curve
-from raydist.training.run_dir import prepare_run_dir
-from raydist.training.session import run_attempt
+from raydist.tracking.jsonl import Curve
 from tests.faults.bucket_runs import SHORT_RUN
 from tests.faults.harness import FAULT_RUN, loss_curve, run_dir_of, write_recipe
-from tests.training.cases import quiet_environment, recipe_of, torchrun, write_dataset
+from tests.training.cases import quiet_environment, recipe_of, torchrun, undisturbed_curves, write_dataset
 
 RECORDS_VARIABLE = "RAYDIST_FAULT_RECORDS"
 
@@ -61,7 +59,4 @@ def whole_curve(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Curve
 @pytest.fixture(scope="session")
 def whole_in_bucket(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Curve]:
     """The curves of the uninterrupted ``SHORT_RUN``; it does not matter where it is stored."""
-    folder = tmp_path_factory.mktemp("whole-short")
-    recipe = recipe_of(dataset, folder, **SHORT_RUN)
-    run_attempt(recipe, run_dir=prepare_run_dir(recipe, resume=False))
-    return read_curve(f"{folder}/run/metrics.jsonl")
+    return undisturbed_curves(recipe_of(dataset, tmp_path_factory.mktemp("whole-short"), **SHORT_RUN))

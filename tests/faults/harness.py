@@ -200,6 +200,15 @@ def assert_one_finished_run(
     assert [point.value for point in history] == pytest.approx([loss for _, loss in curve], rel=0, abs=rounding)
 
 
+def assert_finished(driver: Driver, *, curve: Curve) -> None:
+    """The run ended by itself with this loss in every step, bit for bit, is in MLflow once, and left nothing over."""
+    result = driver.result()
+    assert result["step"] == len(curve)
+    assert loss_curve(driver.run_dir) == curve
+    assert_one_finished_run(driver.run_dir, uri=result["mlflow_uri"], curve=curve)
+    assert_nothing_left_over(driver.run_dir)
+
+
 def assert_nothing_left_over(run_dir: str) -> None:
     """No temporary file and no half checkpoint in the run directory, and no lease that is held."""
     checkpoints = storage.join(run_dir, "checkpoints")

@@ -14,9 +14,8 @@ from tests.faults.harness import (
     FAULT_RUN,
     Driver,
     Recovery,
-    assert_nothing_left_over,
+    assert_finished,
     assert_one_finished_run,
-    loss_curve,
     write_recipe,
 )
 from tests.faults.ray_nodes import RayNode, RayNodes
@@ -77,10 +76,7 @@ def test_one_fault_after_the_other(
     recovery.wait()
     record_fault("a node dies, a spare one is there", "the run moves to the spare node", **recovery.figures)
 
-    result = driver.result()
-    assert loss_curve(driver.run_dir) == whole_curve
-    assert_one_finished_run(driver.run_dir, uri=result["mlflow_uri"], curve=whole_curve)
-    assert_nothing_left_over(driver.run_dir)
+    assert_finished(driver, curve=whole_curve)
     nodes.assert_all_gone()
 
 
@@ -122,10 +118,7 @@ def test_the_driver_is_killed_and_started_again(
         "SIGTERM to the driver, and --resume", "a checkpoint of the running step, then the end", **recovery.figures
     )
 
-    result = fourth.result()
-    assert loss_curve(driver.run_dir) == whole_curve
-    assert_one_finished_run(driver.run_dir, uri=result["mlflow_uri"], curve=whole_curve)
-    assert_nothing_left_over(driver.run_dir)
+    assert_finished(fourth, curve=whole_curve)
     nodes.assert_all_gone()
 
 
@@ -146,10 +139,7 @@ def test_a_node_is_drained(
     assert recovery.steps_lost == 0
     record_fault("a node is drained (preemption notice)", "a checkpoint, then on without the node", **recovery.figures)
 
-    result = driver.result()
-    assert loss_curve(driver.run_dir) == whole_curve
-    assert_one_finished_run(driver.run_dir, uri=result["mlflow_uri"], curve=whole_curve)
-    assert_nothing_left_over(driver.run_dir)
+    assert_finished(driver, curve=whole_curve)
     leaving.kill()
 
 
@@ -182,9 +172,6 @@ def test_the_head_is_lost(
             "the driver ends; the run goes on from storage (its time: a new cluster on this machine)",
             **recovery.figures,
         )
-        result = resumed.result()
-        assert loss_curve(driver.run_dir) == whole_curve
-        assert_one_finished_run(driver.run_dir, uri=result["mlflow_uri"], curve=whole_curve)
-        assert_nothing_left_over(driver.run_dir)
+        assert_finished(resumed, curve=whole_curve)
     finally:
         others.stop()

@@ -19,9 +19,8 @@ from tests.faults.harness import (
     FAULT_RUN,
     Driver,
     Recovery,
-    assert_nothing_left_over,
+    assert_finished,
     assert_one_finished_run,
-    loss_curve,
     records,
     write_recipe,
 )
@@ -128,12 +127,8 @@ def mlflow_uri(folder: Path) -> str:
     return f"sqlite:///{folder}/mlflow.db"
 
 
-def assert_finished(site: Site, driver: Driver, folder: Path, *, curve: Curve) -> None:
-    """The run ended with this curve, in MLflow once, and left nothing on the nodes, with the driver and in the bucket."""
-    assert driver.result()["step"] == len(curve)
-    assert loss_curve(driver.run_dir) == curve
-    assert_one_finished_run(driver.run_dir, uri=mlflow_uri(folder), curve=curve)
-    assert_nothing_left_over(driver.run_dir)
+def assert_tidy(site: Site, driver: Driver, folder: Path) -> None:
+    """Nothing is left on the nodes, with the driver and in the bucket."""
     assert_no_half_objects(driver.run_dir)
     site.assert_tidy()
     assert storage.list_files(str(folder / "tmp")) == []
@@ -175,7 +170,8 @@ def test_minutes_of_trouble_with_the_bucket(
     assert [len(node.train_workers()) for node in site.nodes.nodes] == [1, 1]
     spans = go_through_trouble(site.proxy)
     assert driver.process.poll() is None, "the run was over before the trouble was"
-    assert_finished(site, driver, output_dir, curve=whole_curve)
+    assert_finished(driver, curve=whole_curve)
+    assert_tidy(site, driver, output_dir)
 
     steps = records(driver.run_dir)
     assert [line["step"] for line in steps] == [step for step, _ in whole_curve], "a step was done twice"
@@ -243,13 +239,14 @@ def test_a_checkpoint_file_of_one_rank_is_damaged(
     resumed = site.drive(recipe, "--resume")
     recovery.wait(resumed)
     assert recovery.steps_lost == newest.step - older.step
-    words = site.nodes.words_of_workers()
-    assert f"checkpoint of step {newest.step} is passed over, trying an older one" in words
-    assert shard in words
-    assert_finished(site, resumed, output_dir, curve=whole_curve[:num_steps])
+    for words in (site.nodes.words_of_workers(), resumed.output):
+        assert f"checkpoint of step {newest.step} is passed over, trying an older one" in words
+        assert shard in words
+    assert_finished(resumed, curve=whole_curve[:num_steps])
+    assert_tidy(site, resumed, output_dir)
     record_fault(
         f"{name} checkpoint file of one rank, run on two Ray nodes",
-        "--resume went on from the one before; the log of its worker names the file",
+        "--resume went on from the one before, and names the file",
         **recovery.figures,
     )
 
@@ -282,7 +279,8 @@ def test_a_corrupted_shard_of_data(
     storage.write_bytes(shard, content)
     mended_at = time.time()
     resumed = site.drive(recipe, "--resume")
-    assert_finished(site, resumed, output_dir, curve=whole_curve[:num_steps])
+    assert_finished(resumed, curve=whole_curve[:num_steps])
+    assert_tidy(site, resumed, output_dir)
     assert site.shards() == [1, 1]
     record_fault(
         "corrupted shard in the bucket, run on two Ray nodes",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from raydist.config.schema import ScalingConfig
 from raydist.core.errors import CapacityError, ConfigError, DataError
 from raydist.runtime import trainer
 from raydist.runtime.cluster import connected, require_capacity
@@ -118,3 +119,38 @@ def test_a_run_that_waits_for_a_busy_cluster_says_so(
         freed.result()
     assert outcome.step == 2
     assert caplog.text.count(f"the run waits for room in the Ray cluster: it needs 2 CPU of {cpus}; free: 1 CPU") == 1
+
+
+def test_a_wait_is_told_once_and_a_full_cluster_alone_is_none(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import ray
+    from ray.util import placement_group, remove_placement_group
+
+    monkeypatch.setattr(trainer, "_ROOM_PATIENCE_S", 0.0)
+    cpus = int(ray.cluster_resources()["CPU"])
+    facts = RunFacts(name="run", num_steps=9, start_step=0, num_parameters=1, tokens_per_step=8, world_size=cpus)
+
+    def words_of(watch: trainer._RoomWatch) -> list[str]:
+        caplog.clear()
+        for _ in range(3):
+            watch.look()
+        return list(caplog.messages)
+
+    def needs(num_cpus: int) -> str:
+        return f"the run waits for room in the Ray cluster: it needs {num_cpus} CPU of {cpus}; free: 0 CPU"
+
+    watch, larger = (trainer._RoomWatch(ScalingConfig(num_workers=count)) for count in (cpus, cpus + 1))
+    own = placement_group([{"CPU": 1.0}] * cpus)
+    assert own.wait(30)
+    wait_until(lambda: not ray.available_resources().get("CPU"), timeout_s=30, what="Ray counts them as taken")
+    with caplog.at_level("WARNING", logger="raydist"):
+        assert words_of(watch) == []
+        assert words_of(larger) == [needs(cpus + 1)], "a node is missing"
+        waiting = placement_group([{"CPU": 1.0}])
+        assert words_of(watch) == [needs(cpus)]
+        assert words_of(watch) == []
+        watch.on_start(facts)
+        assert words_of(watch) == [needs(cpus)]
+    for group in (own, waiting):
+        remove_placement_group(group)

@@ -12,7 +12,6 @@ import time
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 
 _START_LIMIT_S = 180.0
 _STOP_LIMIT_S = 20.0
@@ -54,9 +53,7 @@ class MlflowServer:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.kill()
 
     @property

@@ -9,11 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
+from raydist.runtime.local_servers import answers
 from tests.servers.processes import free_ports, start_process, wait_until
 
 _PORT_FLAGS = ("s3.port", "filer.port", "master.port", "volume.port", "admin.port")
@@ -134,13 +133,7 @@ class ObjectStore:
         assert self._process is not None
         if self._process.poll() is not None:
             raise AssertionError(f"the S3 server ended:\n{(self.folder / 'weed.log').read_text()[-2000:]}")
-        try:
-            urllib.request.urlopen(self.endpoint, timeout=5).close()
-        except urllib.error.HTTPError as answer:
-            return answer.code == 403
-        except OSError:
-            return False
-        return True
+        return answers(self.endpoint)
 
 
 def _program() -> str:

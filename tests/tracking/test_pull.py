@@ -64,6 +64,14 @@ def count_reads(monkeypatch: pytest.MonkeyPatch, *, fail_from: int | None = None
     return starts
 
 
+def break_off(entry: ArtifactFile, out: Path, *, at: int) -> None:
+    """A pull whose storage goes away at a byte."""
+    with pytest.MonkeyPatch.context() as patch:
+        count_reads(patch, fail_from=at)
+        with pytest.raises(ConnectionResetError):
+            fetch_all([entry], to=str(out), held=held_elsewhere, num_threads=1)
+
+
 @pytest.mark.usefixtures("small_ranges")
 @pytest.mark.parametrize("num_bytes", [0, 1, RANGE_BYTES - 1, RANGE_BYTES, RANGE_BYTES + 1, 10 * RANGE_BYTES + 7])
 def test_ranges_make_the_file(tmp_path: Path, num_bytes: int) -> None:
@@ -83,10 +91,7 @@ def test_ranges_make_the_file(tmp_path: Path, num_bytes: int) -> None:
 def test_finished_ranges_are_not_fetched_again(tmp_path: Path) -> None:
     data = os.urandom(10 * RANGE_BYTES)
     entry = pointed(tmp_path / "source", data)
-    with pytest.MonkeyPatch.context() as patch:
-        count_reads(patch, fail_from=6 * RANGE_BYTES)
-        with pytest.raises(ConnectionResetError):
-            fetch_all([entry], to=str(tmp_path / "out"), held=held_elsewhere, num_threads=1)
+    break_off(entry, tmp_path / "out", at=6 * RANGE_BYTES)
     assert not (tmp_path / "out" / "big.bin").exists()
     with pytest.MonkeyPatch.context() as patch:
         starts = count_reads(patch)
@@ -100,10 +105,7 @@ def test_finished_ranges_are_not_fetched_again(tmp_path: Path) -> None:
 def test_a_part_that_was_damaged_is_found_and_the_next_pull_begins_anew(tmp_path: Path) -> None:
     data = os.urandom(4 * RANGE_BYTES)
     entry = pointed(tmp_path / "source", data)
-    with pytest.MonkeyPatch.context() as patch:
-        count_reads(patch, fail_from=2 * RANGE_BYTES)
-        with pytest.raises(ConnectionResetError):
-            fetch_all([entry], to=str(tmp_path / "out"), held=held_elsewhere, num_threads=1)
+    break_off(entry, tmp_path / "out", at=2 * RANGE_BYTES)
     part = tmp_path / "out" / ".raydist-pull" / entry.sha256
     part.write_bytes(b"\0" * RANGE_BYTES + part.read_bytes()[RANGE_BYTES:])
     with pytest.raises(TrackingError, match="not what was logged"):

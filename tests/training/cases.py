@@ -11,6 +11,9 @@ from typing import Any
 from data_loaders.prepare import PrepareSettings, prepare
 from data_loaders.sources import Fields
 from raydist.config.load import Recipe, merge, parse_overrides, resolve
+from raydist.tracking.jsonl import Curve, read_curve
+from raydist.training.run_dir import prepare_run_dir
+from raydist.training.session import run_attempt
 
 SEQ_LEN = 32
 
@@ -63,6 +66,13 @@ def recipe_values(dataset: str, output_dir: Path, **changes: Any) -> dict[str, A
 def recipe_of(dataset: str, output_dir: Path, **changes: Any) -> Recipe:
     """A resolved recipe; changes are ``**{"training.num_steps": 3}``."""
     return resolve(recipe_values(dataset, output_dir, **changes), path="case.yaml")
+
+
+def undisturbed_curves(recipe: Recipe) -> dict[str, Curve]:
+    """Trains in this process to the end; the curves of the run."""
+    run_dir = prepare_run_dir(recipe, resume=False)
+    run_attempt(recipe, run_dir=run_dir)
+    return read_curve(f"{run_dir}/metrics.jsonl")
 
 
 def torchrun(num_workers: int, *arguments: str) -> list[str]:

@@ -26,7 +26,7 @@ from raydist.training.loop import TrainLoop
 from raydist.training.preemption import StopNotice, sigterm_notice
 from raydist.training.run_dir import prepare_run_dir
 from raydist.training.session import Outcome, run_attempt
-from tests.training.cases import recipe_of
+from tests.training.cases import recipe_of, undisturbed_curves
 
 CHANGES = {
     "training.num_steps": 8,
@@ -40,10 +40,7 @@ CHANGES = {
 @pytest.fixture(scope="module")
 def whole(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The curves of a run that nobody disturbs."""
-    folder = tmp_path_factory.mktemp("whole")
-    recipe = recipe_of(dataset, folder, **CHANGES)
-    run_attempt(recipe, run_dir=prepare_run_dir(recipe, resume=False))
-    return read_curve(f"{folder}/run/metrics.jsonl")
+    return undisturbed_curves(recipe_of(dataset, tmp_path_factory.mktemp("whole"), **CHANGES))
 
 
 def assert_same_curves(run_dir: str, whole: dict[str, Any]) -> None:
