@@ -147,7 +147,6 @@ class Recovery:
         driver: of the run.
 
     Attributes:
-        first_step: the first that was made after the fault.
         steps_lost: steps that were done and had to be done again.
         seconds: from the fault to the end of the first step after it.
     """
@@ -156,7 +155,6 @@ class Recovery:
         self._driver = driver
         self._at = time.time()
         self._attempt = records(driver.run_dir)[-1]["attempt"]
-        self.first_step = 0
         self.steps_lost = 0
         self.seconds = 0.0
 
@@ -177,8 +175,7 @@ class Recovery:
         wait_until(has_gone_on, timeout_s=DRIVER_TIMEOUT_S, what=what, poll_s=driver.poll_s)
         first = self._later()[0]
         before = [record["step"] for record in records(driver.run_dir) if record["attempt"] == self._attempt]
-        self.first_step = first["step"]
-        self.steps_lost = max(before) - (self.first_step - 1)
+        self.steps_lost = max(before) - (first["step"] - 1)
         self.seconds = first["time"] - self._at
 
     def _later(self) -> list[dict[str, Any]]:
