@@ -70,7 +70,7 @@ def main() -> None:
     say(f"loss curves     {PULLED}/pictures/curves.png (also in the MLflow run)")
     next_commands(
         [
-            ("your own prompt", f"raydist sample {RUN_DIR} --prompt 'import ' --gamma 0.6"),
+            ("your own prompt", f"raydist sample {RUN_DIR} --prompt '#  LATIN SMALL' --gamma 0.6"),
             ("train longer", f"raydist train {RECIPE} name=longer training.num_steps=5000"),
             ("for transformers", "raydist export quickstart --to hf-quickstart"),
         ]

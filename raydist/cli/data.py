@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from data_loaders.prepare import MapTasks
     from data_loaders.prepare_settings import PrepareSettings
 
+_RUN_CONFIG = "config.yaml"
 _SHOWN_CHARACTERS = 400
 
 
@@ -31,7 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     verify = verbs.add_parser("verify", help="read everything and check hashes, boundaries and ids")
     verify.add_argument("dataset", help="dataset directory, or the folder that holds train/ and validation/")
     show = verbs.add_parser("show", help="print the documents that a step read")
-    show.add_argument("dataset", nargs="?", help="dataset directory; or use --run")
+    show.add_argument("dataset", nargs="?", help="dataset or run directory; or use --run")
     show.add_argument("--run", metavar="RUN_DIR", help="take everything from a run's config.yaml")
     show.add_argument("--step", type=int, required=True, help="0 is the first step")
     show.add_argument("--batch-rows", type=int, default=8)
@@ -224,12 +225,16 @@ def _mixture(args: argparse.Namespace) -> tuple[Mixture, int]:
     """The training mixture and batch of a run directory, or of the flags."""
     from data_loaders.cache import NodeCache
     from data_loaders.mixture import DatasetWeight, open_mixture
+    from raydist.core import storage
     from raydist.core.errors import ConfigError
     from raydist.core.units import parse_bytes
 
     if (args.run is None) == (args.dataset is None):
         raise ConfigError("name either a dataset or a run", where="raydist data show", expected="DIR, or --run RUN_DIR")
-    if args.run is None:
+    run_dir = args.run
+    if run_dir is None and storage.exists(storage.join(args.dataset, _RUN_CONFIG)):
+        run_dir = args.dataset
+    if run_dir is None:
         mixture = open_mixture(
             [DatasetWeight(args.dataset)],
             cache=NodeCache(),
@@ -238,7 +243,7 @@ def _mixture(args: argparse.Namespace) -> tuple[Mixture, int]:
             window_shards=args.window_shards,
         )
         return mixture, args.batch_rows
-    config = _run_config(args.run)
+    config = _run_config(run_dir)
     data = config["data"]
     mixture = open_mixture(
         [DatasetWeight(part["path"], part["weight"]) for part in data["train"]],
@@ -256,9 +261,9 @@ def _run_config(run_dir: str) -> dict[str, Any]:
     from raydist.core import storage
     from raydist.core.errors import ConfigError
 
-    path = storage.join(run_dir, "config.yaml")
+    path = storage.join(run_dir, _RUN_CONFIG)
     if not storage.exists(path):
-        raise ConfigError("this is not a run directory", where=run_dir, found="no config.yaml")
+        raise ConfigError("this is not a run directory", where=run_dir, found=f"no {_RUN_CONFIG}")
     return read_yaml(path)
 
 

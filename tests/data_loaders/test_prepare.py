@@ -238,7 +238,8 @@ data: {{train: [{{path: {out}/train, weight: 1.0}}], seq_len: 64, cache_dir: nul
 training: {{batch_rows: 3}}
 """
     )
-    assert _show(["data", "show", "--run", str(run_dir), "--step", "2"], capsys) == shown
+    for words in (["--run", str(run_dir)], [str(run_dir)]):
+        assert _show(["data", "show", *words, "--step", "2"], capsys) == shown
     assert len(shown["rows"]) == 3
     damaged = Path(out, "train", "shard-00001.arrow.zst")
     damaged.write_bytes(damaged.read_bytes()[:-1])
