@@ -130,12 +130,22 @@ def plan_shards(
 
 def make_shard(task: ShardTask) -> ShardEntry:
     """Writes one shard and its record; a shard with a record is not written again."""
-    try:
-        entry = ShardEntry(**storage.read_json(task.record_path))
-    except FileNotFoundError:
+    entry = _recorded(task)
+    if entry is None:
         entry = write_shard(task.folder, name=task.name, columns=_columns(task))
         storage.write_json(task.record_path, asdict(entry))
     return entry
+
+
+def _recorded(task: ShardTask) -> ShardEntry | None:
+    """What an interrupted preparation wrote, unless another one has since replaced or removed the file."""
+    if not storage.exists(task.record_path):
+        return None
+    entry = ShardEntry(**storage.read_json(task.record_path))
+    path = storage.join(task.folder, task.name)
+    if not storage.exists(path) or storage.size_bytes(path) != entry.compressed_bytes:
+        return None
+    return entry if storage.sha256(path) == entry.compressed_sha256 else None
 
 
 def _columns(task: ShardTask) -> ShardColumns:

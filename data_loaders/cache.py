@@ -56,7 +56,8 @@ class NodeCache:
             CapacityError: with the smallest limit that works.
         """
         for manifest in manifests:
-            self._required_bytes[manifest.sha256] = window_bytes(manifest, window_shards=window_shards)
+            window = window_bytes(manifest, window_shards=window_shards)
+            self._required_bytes[manifest.sha256] = max(window, self._required_bytes.get(manifest.sha256, 0))
         minimum = sum(self._required_bytes.values())
         if minimum > self.limit_bytes:
             raise CapacityError(

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 EXIT_UNFINISHED = 75  # EX_TEMPFAIL: nothing is wrong and the work is not done; whoever started it may start it again
 EXIT_NOT_READY = 2
+EXIT_MISTAKE = 2  # as of every RaydistError that the user can mend
 
 _json_mode = False
 

@@ -7,7 +7,7 @@ import functools
 import os
 from typing import Any
 
-from raydist.cli.output import EXIT_UNFINISHED, console, next_commands, say
+from raydist.cli.output import EXIT_MISTAKE, EXIT_UNFINISHED, console, next_commands, say
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +67,7 @@ def _on_ray(recipe: Any, *, resume: bool, address: str | None, display: Any) -> 
 
 def _in_this_process(recipe: Any, *, resume: bool, display: Any) -> dict[str, Any]:
     """Rank 0 conducts; the other processes of torchrun only take part in the attempt."""
-    from raydist.core.dist import barrier, process_group
+    from raydist.core.dist import broadcast_json, process_group
     from raydist.runtime.status import StatusWriter
     from raydist.training.driver import conduct
     from raydist.training.lease import holder_of, is_held
@@ -76,20 +76,28 @@ def _in_this_process(recipe: Any, *, resume: bool, display: Any) -> dict[str, An
 
     with process_group(timeout_s=recipe.config.scaling.collective_timeout_s) as workers:
         if not workers.is_first:
-            barrier()
+            if not broadcast_json(None):
+                raise SystemExit(EXIT_MISTAKE)  # rank 0 says which
             run_dir = run_dir_of(recipe)
             run_attempt(recipe, run_dir=run_dir, is_ours=functools.partial(is_held, run_dir, holder_of(run_dir)))
             return {}
 
+        is_prepared = False
+
         def attempts(recipe: Any, run_dir: str) -> Any:
-            barrier()
+            nonlocal is_prepared
+            is_prepared = broadcast_json(True)
             with StatusWriter(recipe.config.name, run_dir=run_dir) as status:
                 is_ours = functools.partial(is_held, run_dir, holder_of(run_dir))
                 outcome = run_attempt(recipe, run_dir=run_dir, hooks=[display, status], is_ours=is_ours)
                 status.end_with(outcome)
             return outcome
 
-        return _summary(recipe, *conduct(recipe, resume=resume, attempts=attempts))
+        try:
+            return _summary(recipe, *conduct(recipe, resume=resume, attempts=attempts))
+        finally:
+            if not is_prepared:
+                broadcast_json(False)
 
 
 def _launcher_overrides(*, no_ray: bool) -> list[str]:

@@ -13,8 +13,16 @@ from raydist.models.mask_spec import CausalMask
 from raydist.sampling.kv_cache import KvCache
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], *, max_new_tokens: int, max_positions: int) -> None:
+def check_prompts(
+    prompts: Sequence[Sequence[int]], *, max_new_tokens: int, max_positions: int, where: str = "prompt {}"
+) -> None:
     """Refuses what cannot be continued.
+
+    Args:
+        prompts: token ids.
+        max_new_tokens: an upper limit per prompt.
+        max_positions: of the model.
+        where: what the user calls a prompt, with a place for its index.
 
     Raises:
         ConfigError: a prompt without tokens, or one that leaves no room for the new tokens.
@@ -23,14 +31,14 @@ def check_prompts(prompts: Sequence[Sequence[int]], *, max_new_tokens: int, max_
         if not prompt:
             raise ConfigError(
                 "a prompt has no tokens",
-                where=f"prompt {index}",
+                where=where.format(index),
                 expected="at least one token",
                 fix="give some text, or the beginning-of-text token",
             )
         if len(prompt) + max_new_tokens > max_positions:
             raise ConfigError(
                 "a prompt and its continuation are longer than the model's positions",
-                where=f"prompt {index}",
+                where=where.format(index),
                 found=f"{len(prompt)} prompt tokens + {max_new_tokens} new tokens",
                 expected=f"at most {max_positions} together",
                 fix="shorten the prompt or lower --max-new-tokens",

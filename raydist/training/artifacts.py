@@ -41,8 +41,9 @@ def export_model(recipe: Recipe, parts: Assembly, *, run_dir: str, workers: Work
 
 
 def log_results(tracker: Tracker, recipe: Recipe, *, run_dir: str) -> None:
-    """Draws the curves, samples the recipe's prompts, and hands model and pictures to the tracker. Rank 0 only."""
+    """Hands the model to the tracker, draws the curves, samples the recipe's prompts, hands these over too. Rank 0 only."""
     tracker.publish()
+    tracker.log_artifact(storage.join(run_dir, layout.EXPORT), folder="model")
     pictures = storage.join(run_dir, layout.PICTURES)
     with storage.filled(pictures) as folder:
         curves = read_curve(storage.join(run_dir, layout.METRICS))
@@ -50,7 +51,6 @@ def log_results(tracker: Tracker, recipe: Recipe, *, run_dir: str) -> None:
         if recipe.config.sampling.prompts:
             with storage.fetched(storage.join(run_dir, layout.EXPORT)) as export:
                 _sample_prompts(recipe.config.sampling, export=export, pictures=folder)
-    tracker.log_artifact(storage.join(run_dir, layout.EXPORT), folder="model")
     tracker.log_artifact(pictures, folder="pictures")
 
 

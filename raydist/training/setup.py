@@ -20,6 +20,7 @@ from raydist.models.attention import AttentionBackend
 from raydist.models.decoder import Decoder
 from raydist.objectives.base import Objective
 from raydist.sampling.base import Trained
+from raydist.sampling.prefill import check_prompts
 from raydist.training.batches import StepBatch, step_batch_maker
 from raydist.training.data import TrainingData, open_data
 from raydist.training.host_memory import keep_freed_memory
@@ -79,8 +80,8 @@ def assemble(config: RunConfig, workers: Workers) -> Assembly:
             torch.set_num_threads(training.num_threads)
     data = open_data(config.data, seed=config.seed)
     objective = config.objective.build(data.ids)
-    _require_sampler(config, data)
     model_config = decoder_config(config.model, data=data, seq_len=config.data.seq_len, needs=objective.needs)
+    _require_sampler(config, data, max_positions=model_config.max_positions)
     model = materialize(
         model_config,
         mesh=make_mesh(workers),
@@ -156,13 +157,19 @@ def validation_objective(config: RunConfig, objective: Objective, *, ids: TokenI
     return other.for_validation()
 
 
-def _require_sampler(config: RunConfig, data: TrainingData) -> None:
-    """A sampler that does not fit the model would otherwise be refused after the last step."""
+def _require_sampler(config: RunConfig, data: TrainingData, *, max_positions: int) -> None:
+    """A sampler or a prompt that does not fit the model would otherwise be refused after the last step."""
     sampling = config.sampling
     if sampling.prompts or "sampler" in sampling.model_fields_set:
         objective = config.objective.model_dump(mode="json")
         tokenizer = data.train.datasets[0].tokenizer
         sampling.sampler.build(Trained(ids=data.ids, objective=objective, tokenizer=lambda: tokenizer().byte_level()))
+        check_prompts(
+            [tokenizer().encode(prompt) for prompt in sampling.prompts],
+            max_new_tokens=sampling.max_new_tokens,
+            max_positions=max_positions,
+            where="sampling.prompts[{}]",
+        )
 
 
 def _attention(config: RunConfig, workers: Workers) -> AttentionBackend:

@@ -119,6 +119,20 @@ def test_cache_limit_is_refused_before_anything_is_fetched(dataset: Callable[...
     assert list((tmp_path / "small").iterdir()) == []
 
 
+def test_a_dataset_that_is_opened_twice_needs_the_larger_window(dataset: Callable[..., str], tmp_path: Path) -> None:
+    """As training data and again, shard by shard, for validation."""
+    path = dataset([[4000], [5000], [6000]])
+    sizes = [shard.raw_bytes for shard in read_manifest(path).shards]
+    cache = NodeCache(str(tmp_path / "small"), limit_bytes=sizes[1] + sizes[2])
+    open_mixture([DatasetWeight(path)], cache=cache, seq_len=4, seed=0, window_shards=2)
+    open_mixture([DatasetWeight(path)], cache=cache, seq_len=4, seed=0, window_shards=1)
+    other = dataset([[100]], name="other")
+    with pytest.raises(CapacityError) as caught:
+        open_mixture([DatasetWeight(other)], cache=cache, seq_len=4, seed=0)
+    least = sizes[1] + sizes[2] + read_manifest(other).shards[0].raw_bytes
+    assert str(least) in (caught.value.expected or "")
+
+
 def test_no_dataset_is_refused(cache: NodeCache) -> None:
     with pytest.raises(ConfigError):
         open_mixture([], cache=cache, seq_len=4, seed=0)

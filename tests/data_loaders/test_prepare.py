@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_loaders import assembly
 from data_loaders import prepare as prepare_module
 from data_loaders.cache import NodeCache
 from data_loaders.dataset import open_dataset
+from data_loaders.manifest import ShardEntry
 from data_loaders.parts import PartTask, make_part
 from data_loaders.prepare import prepare, serial_map
 from data_loaders.prepare_settings import PrepareSettings
+from data_loaders.shards import ShardColumns, write_shard
 from data_loaders.sources import Fields
 from data_loaders.verify import verify_dataset
 from raydist.core.errors import DataError
@@ -122,6 +125,13 @@ def test_interrupted_preparation_goes_on(
     monkeypatch.setattr(prepare_module, "_TASK_BYTES", 2000)
     prepare(settings, out=str(tmp_path / "straight"))
     made: list[str] = []
+    written: list[str] = []
+
+    def counting(folder: str, *, name: str, columns: ShardColumns) -> ShardEntry:
+        written.append(f"{folder}/{name}")
+        return write_shard(folder, name=name, columns=columns)
+
+    monkeypatch.setattr(assembly, "write_shard", counting)
 
     def failing_map(function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[Any]:
         for task in tasks:
@@ -138,9 +148,39 @@ def test_interrupted_preparation_goes_on(
         assert not (out / "train" / "manifest.json").exists()
     report = prepare(settings, out=str(out), map_tasks=failing_map)
     assert report.num_parts_reused >= 6
-    finished = [name for name in made if name.endswith(".arrow")]
-    assert len(finished) == len(set(finished))
+    assert len(written) == len(set(written)) > 2
     assert manifests(out) == manifests(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("by", ["the same, to overwrite", "another one"])
+def test_shards_that_were_replaced_since_an_interruption_are_written_again(
+    settings: PrepareSettings, tmp_path: Path, by: str
+) -> None:
+    prepare(settings, out=str(tmp_path / "straight"))
+
+    def interrupted(settings: PrepareSettings, *, after: int) -> None:
+        num_shards = 0
+
+        def map_tasks(function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[Any]:
+            nonlocal num_shards
+            for task in tasks:
+                yield function(task)
+                num_shards += not isinstance(task, PartTask)
+                if num_shards == after:
+                    raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            prepare(settings, out=str(tmp_path / "out"), map_tasks=map_tasks)
+
+    interrupted(settings, after=3)
+    if by == "another one":
+        interrupted(replace(settings, shard_bytes=2 * settings.shard_bytes), after=1)
+        prepare(settings, out=str(tmp_path / "out"))
+    else:
+        prepare(settings, out=str(tmp_path / "out"), overwrite=True)
+    assert manifests(tmp_path / "out") == manifests(tmp_path / "straight")
+    for split in ("train", "validation"):
+        verify_dataset(str(tmp_path / "out" / split))
 
 
 def test_a_part_with_a_record_is_whole(settings: PrepareSettings, corpus: Path, tmp_path: Path) -> None:

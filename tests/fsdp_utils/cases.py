@@ -18,6 +18,7 @@ from raydist.fsdp_utils.mesh import make_mesh
 from raydist.models.config import DecoderConfig
 from raydist.models.decoder import Decoder
 from raydist.models.mask_spec import CausalMask
+from raydist.training.step import clip_by_global_norm
 
 SEED = 11
 LENGTH = 12
@@ -136,7 +137,22 @@ def compute(workers: Workers, folder: str) -> None:
         if workers.is_first:
             save_file(weights, os.path.join(folder, f"{case.name}-weights.safetensors"))
             save_file({"loss": losses, **gradients}, os.path.join(folder, f"{case.name}-gradients.safetensors"))
+        check_clipping(decoder)
     check_loading(workers)
+
+
+def check_clipping(decoder: Decoder) -> None:
+    """Sharded gradients have the norm of the whole ones, and are scaled as torch scales those."""
+    for max_norm in (None, 1e6, 0.01):
+        whole = [torch.empty(parameter.shape) for parameter in decoder.parameters()]
+        for copy, parameter in zip(whole, decoder.parameters(), strict=True):
+            copy.grad = parameter.grad.full_tensor().clone()
+        norm = clip_by_global_norm(decoder, max_norm)
+        expected = torch.nn.utils.clip_grad_norm_(whole, float("inf") if max_norm is None else max_norm)
+        assert expected > 0.02, "0.01 has something to clip"
+        torch.testing.assert_close(norm, expected)
+        for copy, parameter in zip(whole, decoder.parameters(), strict=True):
+            torch.testing.assert_close(parameter.grad.full_tensor(), copy.grad)
 
 
 class ArrayWeights:

@@ -78,6 +78,20 @@ def two_workers(recipe: Recipe, folder: Path, *flags: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_a_mistake_under_torchrun_is_said_once_and_ends_all_workers(on_one: tuple[Recipe, str], tmp_path: Path) -> None:
+    recipe, run_dir = on_one
+    path = tmp_path / "case.yaml"
+    path.write_text(dump_yaml(recipe.config))
+    command = torchrun(2, "train", str(path), "--no-ray")
+    done = subprocess.run(command, env=quiet_environment(), capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("this run name is in use") == 1
+    assert run_dir in done.stderr
+    assert "raydist/cli/main.py" not in done.stderr, "a traceback of ours"
+    assert "RuntimeError" not in done.stderr
+    assert "exitcode  : 2 " in done.stderr
+
+
 def back_to_step_10(source: str | Path, target: Path) -> Path:
     """A copy of a run whose last checkpoint is step 10."""
     shutil.copytree(source, target)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,14 @@ import pytest
 import torch
 
 from data_loaders.loader import Loader
+from data_loaders.tokenizer import Tokenizer
 from raydist.checkpoint.layout import newest_complete
 from raydist.config.load import resolve
 from raydist.core.errors import ConfigError, DataError, NonFiniteError, ResumeError, TokenizerError
+from raydist.models.config import DecoderConfig
+from raydist.models.decoder import Decoder
+from raydist.models.hf import save_hf
+from raydist.models.init import initialize
 from raydist.objectives.set_block import SetBlock
 from raydist.tracking.jsonl import read_curve
 from raydist.training.driver import conduct
@@ -97,29 +103,42 @@ def test_what_does_not_fit_is_said_before_the_first_step(
         run(recipe_of(dataset, tmp_path, **changes))
 
 
-def test_weights_of_another_tokenizer_are_refused(dataset: str, tmp_path: Path) -> None:
-    from raydist.models.config import DecoderConfig
-    from raydist.models.decoder import Decoder
-    from raydist.models.hf import save_hf
-    from raydist.models.init import initialize
+def swapped_letters(tokenizer: Path) -> str:
+    """The same tokenizer with two letters' ids the other way round."""
+    content = json.loads(tokenizer.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["e"], vocabulary["t"] = vocabulary["t"], vocabulary["e"]
+    return json.dumps(content)
 
+
+@pytest.mark.parametrize(
+    ("missing_rows", "tokenizer_of", "found"),
+    [(250, None, "rows in the model"), (0, swapped_letters, "a probe text becomes")],
+    ids=["another size", "the same size"],
+)
+def test_weights_of_another_tokenizer_are_refused(
+    dataset: str, tmp_path: Path, missing_rows: int, tokenizer_of: Callable[[Path], str] | None, found: str
+) -> None:
+    own = Path(dataset, "train", "tokenizer.json")
     config = DecoderConfig(
-        family="llama", vocab_size=4, num_layers=1, width=8, hidden_width=8, num_heads=1, num_kv_heads=1, head_dim=8
-    )
+        family="llama",
+        vocab_size=Tokenizer.load(str(own)).vocab_size - missing_rows,
+        num_layers=1, width=8, hidden_width=8, num_heads=1, num_kv_heads=1, head_dim=8,
+    )  # fmt: skip
     decoder = Decoder(config)
     initialize(decoder, 0)
     save_hf(
         str(tmp_path / "hf"),
         state=dict(decoder.named_parameters()),
         config=config,
-        tokenizer_json=None,
+        tokenizer_json=None if tokenizer_of is None else tokenizer_of(own),
         token_ids={},
         extra={},
     )
     values = {**recipe_values(dataset, tmp_path / "runs"), "model": {"init_from": str(tmp_path / "hf")}}
-    recipe = resolve(values, path="case.yaml")
-    with pytest.raises(TokenizerError, match="not the model's"):
-        run(recipe)
+    with pytest.raises(TokenizerError, match="not the model's") as caught:
+        run(resolve(values, path="case.yaml"))
+    assert found in (caught.value.found or "")
 
 
 def test_a_run_goes_on_from_exported_weights(dataset: str, tmp_path: Path) -> None:
@@ -140,6 +159,24 @@ def test_a_sampler_that_does_not_fit_is_refused_before_the_first_step(dataset: s
     run_dir = prepare_run_dir(recipe, resume=False)
     with pytest.raises(ConfigError, match="another sampler"):
         run_attempt(recipe, run_dir=run_dir)
+    assert newest_complete(run_dir) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"sampling.prompts": "['']"}, "a prompt has no tokens"),
+        ({"sampling.prompts": "[a]", "sampling.max_new_tokens": 100_000}, "longer than the model's positions"),
+    ],
+)
+def test_a_prompt_that_does_not_fit_is_refused_before_the_first_step(
+    dataset: str, tmp_path: Path, changes: dict[str, Any], match: str
+) -> None:
+    recipe = recipe_of(dataset, tmp_path, **changes)
+    run_dir = prepare_run_dir(recipe, resume=False)
+    with pytest.raises(ConfigError, match=match) as caught:
+        run_attempt(recipe, run_dir=run_dir)
+    assert caught.value.where == "sampling.prompts[0]"
     assert newest_complete(run_dir) is None
 
 
