@@ -189,7 +189,7 @@ def spool_path(folder: str, *, rank: int, spool_dir: str | None) -> str:
     Raises:
         CheckpointError: somebody else made the folder, and could read what goes through it.
     """
-    root = _spool_root(spool_dir)
+    root = spool_root(spool_dir)
     os.makedirs(root, mode=0o700, exist_ok=True)
     if spool_dir is None and os.stat(root).st_uid != os.getuid():
         raise CheckpointError(
@@ -202,13 +202,14 @@ def spool_path(folder: str, *, rank: int, spool_dir: str | None) -> str:
 
 def clear_spool(run_dir: str, *, spool_dir: str | None) -> None:
     """Removes what killed attempts of the run left on this node; to be called while no save is in flight here."""
-    root, prefix = _spool_root(spool_dir), _spool_prefix(layout.checkpoints_folder(run_dir))
+    root, prefix = spool_root(spool_dir), _spool_prefix(layout.checkpoints_folder(run_dir))
     for name in storage.list_names(root):
         if name.startswith(prefix):
             os.unlink(os.path.join(root, name))
 
 
-def _spool_root(spool_dir: str | None) -> str:
+def spool_root(spool_dir: str | None) -> str:
+    """The folder that shards pass through on their way to a bucket."""
     return spool_dir or os.path.join(tempfile.gettempdir(), f"raydist-{os.getuid()}")
 
 

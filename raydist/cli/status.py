@@ -138,6 +138,8 @@ def _checkpoint(status: RunStatus, now: float) -> str:
         text += f", stored in {format_duration(status.upload_s)}"
     if status.saving_step is not None and status.saving_since is not None:
         text += f"; step {status.saving_step} on its way for {format_duration(max(0.0, now - status.saving_since))}"
+    if status.failed_step is not None:
+        text += f"; step {status.failed_step} could not be stored"
     return text
 
 

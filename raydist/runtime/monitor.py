@@ -69,6 +69,10 @@ class MonitorHook(Hook):
         """Sends the step and the time that storing took."""
         self._monitor.add.remote("stored", (step, upload_s))
 
+    def on_save_failed(self, step: int) -> None:
+        """Sends the step."""
+        self._monitor.add.remote("save failed", step)
+
 
 def replay(events: Sequence[tuple[str, Any]], hooks: Sequence[Hook]) -> None:
     """Calls the driver's hooks as the loop called rank 0's; warnings, which stand in that worker's log, are said here too."""
@@ -83,6 +87,8 @@ def replay(events: Sequence[tuple[str, Any]], hooks: Sequence[Hook]) -> None:
                 hook.on_log(*content)
             elif kind == "stored":
                 hook.on_stored(*content)
+            elif kind == "save failed":
+                hook.on_save_failed(content)
             else:
                 hook.on_checkpoint(content)
 

@@ -15,6 +15,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from data_loaders.cache import default_cache_dir
+from raydist.checkpoint.store import spool_root
 from raydist.config.cluster import PreflightConfig
 from raydist.config.load import Recipe
 from raydist.core import storage
@@ -302,12 +303,14 @@ def _all_reduce(nodes: _Nodes, expected: Expectations) -> Check:
 
 
 def _folders(expected: Expectations) -> list[str]:
-    """Where a node writes: the cache of shards, and the spool of checkpoints if the recipe has one."""
+    """Where a node writes: the cache of shards, and the spool of checkpoints on their way to a bucket."""
     if expected.recipe is None:
         return [default_cache_dir()]
     config = expected.recipe.config
-    spool = config.checkpoint.spool_dir
-    return [config.data.cache_dir or default_cache_dir(), *([spool] if spool else [])]
+    spool = (
+        [spool_root(config.checkpoint.spool_dir)] if storage.is_remote(expected.output_dir or config.output_dir) else []
+    )
+    return [config.data.cache_dir or default_cache_dir(), *spool]
 
 
 def _unanswered(name: str, answers: _Answers) -> Check | None:

@@ -61,6 +61,7 @@ class RunStatus:
         upload_s: how long that one took to get there.
         saving_step: a checkpoint that was handed over and is not on storage yet.
         saving_since: Unix seconds at which it was handed over.
+        failed_step: the last checkpoint that could not be stored; None once a newer one was.
         started_at: Unix seconds at which the driver started.
         updated_at: Unix seconds of the last heartbeat.
         message: how it ended, where there is more to say.
@@ -87,6 +88,7 @@ class RunStatus:
     upload_s: float | None = None
     saving_step: int | None = None
     saving_since: float | None = None
+    failed_step: int | None = None
     started_at: float = 0.0
     updated_at: float = 0.0
     message: str | None = None
@@ -200,10 +202,15 @@ class StatusWriter(Hook):
 
     def on_stored(self, step: int, upload_s: float) -> None:
         """It has arrived; a newer one may be on its way already."""
-        arrived: dict[str, Any] = {"checkpoint_step": step, "upload_s": upload_s}
+        arrived: dict[str, Any] = {"checkpoint_step": step, "upload_s": upload_s, "failed_step": None}
         if self._status.saving_step == step:
             arrived.update(saving_step=None, saving_since=None)
         self._change(**arrived)
+
+    def on_save_failed(self, step: int) -> None:
+        """It will not arrive."""
+        gone = {"saving_step": None, "saving_since": None} if self._status.saving_step == step else {}
+        self._change(failed_step=step, **gone)
 
     def _change(self, **changes: Any) -> None:
         with self._lock:

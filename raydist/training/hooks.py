@@ -44,6 +44,9 @@ class Hook:
     def on_stored(self, step: int, upload_s: float) -> None:
         """After the checkpoint of ``step`` is complete on storage, ``upload_s`` seconds after it was handed over."""
 
+    def on_save_failed(self, step: int) -> None:
+        """After the checkpoint of ``step`` could not be stored; the run goes on, and the older ones stay valid."""
+
     def wants_stop(self, step: int, metrics: Mapping[str, float]) -> bool:
         """After a validation; True ends the run at this step on all ranks. May take its time: all ranks wait."""
         return False

@@ -279,9 +279,11 @@ class TrainLoop:
             if self.tracker is not None:
                 upload = {"checkpoint/upload_s": result.upload_s, "checkpoint/held_s": result.held_s} if stored else {}
                 self.tracker.log_metrics({"checkpoint/failed": float(not stored), **upload}, step=result.step)
-            if self.workers.is_first and stored:
-                for hook in self.hooks:
+            for hook in self.hooks if self.workers.is_first else ():
+                if stored:
                     hook.on_stored(result.step, result.upload_s)
+                else:
+                    hook.on_save_failed(result.step)
 
     def _trainer_state(
         self, done: int, *, validated: Mapping[str, float] | None, unlogged: Mapping[str, float] | None

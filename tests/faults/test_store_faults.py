@@ -45,6 +45,16 @@ class At(Hook):
             self.action()
 
 
+class LostSaves(Hook):
+    """The steps whose save failed."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_save_failed(self, step: int) -> None:
+        self.steps.append(step)
+
+
 def later(after_s: float, action: Callable[[], None]) -> None:
     threading.Timer(after_s, action).start()
 
@@ -92,13 +102,15 @@ def test_an_outage_beyond_the_patience_costs_a_save_and_not_the_run(
     recipe = recipe_in(proxied, dataset, tmp_path)
     run_dir = prepare_run_dir(recipe, resume=False)
     # Saves wait for the one in flight, so the failure of step 4 is known at step 8, whose save comes too late as well.
-    hooks = [At(3, s3_proxy.refuse), At(9, s3_proxy.pass_all)]
+    lost = LostSaves()
+    hooks = [At(3, s3_proxy.refuse), At(9, s3_proxy.pass_all), lost]
     with caplog.at_level(logging.WARNING, logger="raydist"):
         outcome = run_attempt(recipe, run_dir=run_dir, hooks=hooks)
     assert outcome.step == 12
     assert_same_curve(run_dir, whole_in_bucket)
     failed = dict(read_curve(f"{run_dir}/metrics.jsonl")["checkpoint/failed"])
     assert failed[4] == 1.0
+    assert lost.steps == [step for step, value in failed.items() if value]
     assert failed[12] == 0.0
     assert caplog.text.count("the checkpoint of step 4 is not stored, the older ones stay valid") == 1
     assert complete_checkpoints(run_dir)[-1].step == 12

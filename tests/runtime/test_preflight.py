@@ -9,17 +9,21 @@ import threading
 import urllib.error
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch.distributed as torch_dist
 
+from raydist.checkpoint.store import spool_root
 from raydist.config.cluster import PreflightConfig
+from raydist.config.load import resolve
 from raydist.runtime import preflight as module
 from raydist.runtime.local_ray import free_port
 from raydist.runtime.preflight import Check, Expectations, preflight
 from raydist.runtime.preflight_probe import NodeFacts, NodeProbe
+from tests.training.cases import recipe_values
 
 
 class Reference:
@@ -178,3 +182,19 @@ def answering(code: int) -> Iterator[str]:
 def test_a_refusal_is_an_answer_and_a_broken_server_is_none(code: int, answers: bool) -> None:
     with answering(code) as url, contextlib.nullcontext() if answers else pytest.raises(urllib.error.HTTPError):
         NodeProbe().try_http(url)
+
+
+@pytest.mark.parametrize(
+    ("output_dir", "spool_dir", "folders"),
+    [
+        ("runs", None, ["cache"]),
+        ("s3://bucket/runs", None, ["cache", spool_root(None)]),
+        ("s3://bucket/runs", "/spool", ["cache", "/spool"]),
+    ],
+)
+def test_space_is_looked_for_where_checkpoints_pass_through(
+    output_dir: str, spool_dir: str | None, folders: list[str], tmp_path: Path
+) -> None:
+    values = recipe_values("data", tmp_path, **{"checkpoint.spool_dir": spool_dir or "null"})
+    values = {**values, "output_dir": output_dir, "data": {**values["data"], "cache_dir": "cache"}}
+    assert module._folders(Expectations(recipe=resolve(values, path="case.yaml"))) == folders

@@ -38,13 +38,20 @@ def test_a_run_from_start_to_end(tmp_path: Path) -> None:
         writer.on_stored(10, 1.5)
         wait_until(lambda: status_of(tmp_path).checkpoint_step == 10, timeout_s=20, what="a complete checkpoint")
         assert (status_of(tmp_path).saving_step, status_of(tmp_path).upload_s) == (20, 1.5)
+        writer.on_save_failed(20)
+        wait_until(lambda: status_of(tmp_path).failed_step == 20, timeout_s=20, what="a save that failed")
+        assert (status_of(tmp_path).checkpoint_step, status_of(tmp_path).saving_step) == (10, None)
+        writer.on_checkpoint(30)
+        writer.on_stored(30, 2.5)
+        wait_until(lambda: status_of(tmp_path).checkpoint_step == 30, timeout_s=20, what="a later checkpoint")
+        assert status_of(tmp_path).failed_step is None
         before = status_of(tmp_path).updated_at
         wait_until(lambda: status_of(tmp_path).updated_at > before, timeout_s=20, what="another heartbeat")
         writer.end_with(Outcome(step=100, metrics={}))
     status = status_of(tmp_path)
     assert (status.state, status.step, status.num_steps, status.attempt) == ("finished", 100, 100, 1)
     assert (status.loss, status.tokens, status.tokens_per_s, status.mfu) == (2.5, 640.0, 99.0, 0.4)
-    assert (status.checkpoint_step, status.saving_step) == (20, None)
+    assert (status.checkpoint_step, status.saving_step) == (30, None)
     assert (status.mlflow_uri, status.mlflow_run_id) == ("http://m:5000", "abc")
     assert status.has_ended
     assert not status.is_stale(time.time() + 1e6)
