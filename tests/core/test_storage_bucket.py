@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +160,34 @@ def test_an_upload_that_the_server_no_longer_knows_is_sent_again(
     storage.upload_file(str(tmp_path / "large"), f"{bucket}/large")
     assert storage.read_bytes(f"{bucket}/large") == content
     assert num_completed == 2
+
+
+_WITH_A_PROFILE = """
+import sys
+import pyarrow.fs
+from raydist.core import storage
+path = sys.argv[1] + "/by-profile.json"
+storage.write_json(path, [1])
+assert storage.read_json(path) == [1]
+filesystem, name = pyarrow.fs.FileSystem.from_uri(path)  # what Ray takes for its own files
+assert filesystem.get_file_info(name).type == pyarrow.fs.FileType.File
+"""
+
+
+def test_credentials_may_come_from_a_profile(bucket: str, tmp_path: Path) -> None:
+    profile = tmp_path / "credentials"
+    profile.write_text(
+        "[default]\naws_access_key_id = nobody\naws_secret_access_key = wrong\n"
+        f"[lab]\naws_access_key_id = {os.environ['AWS_ACCESS_KEY_ID']}\n"
+        f"aws_secret_access_key = {os.environ['AWS_SECRET_ACCESS_KEY']}\n"
+    )
+    keys = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+    environment = {name: value for name, value in os.environ.items() if name not in keys}
+    environment |= {"AWS_SHARED_CREDENTIALS_FILE": str(profile), "RAYDIST_STORAGE_RETRY_S": "0"}
+    for name, exit_code in (("lab", 0), ("default", 1)):
+        done = subprocess.run(
+            [sys.executable, "-c", _WITH_A_PROFILE, bucket],
+            env={**environment, "AWS_PROFILE": name}, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.returncode == exit_code, done.stderr
+    assert "AWS_PROFILE" in done.stderr, "the error names what to check"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -47,11 +48,13 @@ def test_a_ready_cluster_is_ready(place: Workplace, object_store: ObjectStore) -
 def test_submit_attach_watch_stop_and_go_on(place: Workplace) -> None:
     words = ("submit", "small.yaml", "name=long", "--cluster", "cluster.yaml")
     submitted = [place.start(*words) for _ in range(2)]  # at the same time
-    answers = []
+    answers, said = [], ""
     for process in submitted:
         out, err = process.communicate(timeout=WAIT_S)
         assert process.returncode == 0, err
         answers.append(json.loads(out.strip().splitlines()[-1]))
+        said += err
+    assert re.search(r"^sent +\d+ files?, [\d.]+ (B|KiB)$", said, flags=re.MULTILINE)
     assert [answer["job_id"] for answer in answers] == ["raydist-long"] * 2
     assert sorted(answer["attached"] for answer in answers) == [False, True]
 
