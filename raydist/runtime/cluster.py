@@ -37,7 +37,8 @@ def connected(*, address: str | None, min_cpus: float = 1.0, num_cpus: int | Non
 
     Args:
         address: ``host:port``, ``ray://...`` or ``auto``; None starts Ray inside this process: dashboard and jobs API on
-            loopback, and all its ports, which Ray binds to every interface, behind the token of the user's home.
+            loopback, and its other ports, which Ray binds to every interface, behind the token of the user's home; but for the
+            one that Prometheus scrapes: Ray shows a node's metrics to whoever asks.
         min_cpus: an embedded Ray offers at least so many logical CPUs, also where the machine has fewer.
         num_cpus: an embedded Ray offers exactly so many; None for those of the machine.
 

@@ -25,6 +25,7 @@ STOP_GRACE_KEY = "raydist_stop_grace_s"
 ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
 _TIMEOUT_S = (5.0, 60.0)  # to connect, and between two bytes of the answer
 _POLL_S = 0.5
+_OUTAGE_S = 60.0  # a port-forward or a head may be away for so long without ending a wait
 _RAY_STOP_WAIT_S = 3.0  # Ray's own, for jobs that were not submitted by raydist
 # Ray lets these win over the address it is given; a job must never go to another cluster than the one that was named.
 _OVERRIDES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
@@ -146,14 +147,25 @@ class JobsApi:
         return self._client.tail_job_logs(job_id)
 
     def wait(self, job_id: str, *, timeout_s: float) -> Job | None:
-        """The job when it has ended; None if it still runs after the time."""
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            job = self.job(job_id)
+        """The job when it has ended; None if it still runs after the time. Lives through short outages.
+
+        Raises:
+            ClusterError: nobody answered for a minute, or at the end of the time.
+        """
+        answered_at = time.monotonic()
+        deadline = answered_at + timeout_s
+        while True:
+            try:
+                job, answered_at = self.job(job_id), time.monotonic()
+            except ClusterError:
+                job = None
+                if time.monotonic() >= min(deadline, answered_at + _OUTAGE_S):
+                    raise
             if job is not None and job.has_ended:
                 return job
+            if time.monotonic() >= deadline:
+                return None
             time.sleep(_POLL_S)
-        return None
 
     def _asked(self, call: Callable[[], _Result]) -> _Result:
         try:

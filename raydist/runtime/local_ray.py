@@ -1,7 +1,8 @@
 """A Ray cluster of several nodes on this machine: real ``ray start`` processes, ended by their process ids.
 
-For demonstrations and tests. The dashboard listens on loopback, and a token made for this cluster guards every port; nothing of
-another Ray on the machine is touched, and nothing of the user's Ray configuration is read.
+For demonstrations and tests. The dashboard listens on loopback, and a token made for this cluster guards every port but those
+of the metrics, which Ray shows to whoever asks; nothing of another Ray on the machine is touched, and nothing of the user's Ray
+configuration is read.
 """
 
 from __future__ import annotations

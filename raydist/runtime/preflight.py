@@ -22,7 +22,7 @@ from raydist.core import storage
 from raydist.core.errors import RaydistError
 from raydist.core.units import format_bytes, format_duration, parse_bytes
 from raydist.runtime.cluster import require_capacity
-from raydist.runtime.preflight_probe import NodeFacts, NodeProbe, versions, write_read_delete
+from raydist.runtime.preflight_probe import NodeFacts, NodeProbe, read_mlflow, versions, write_read_delete
 
 _CLOCK_READINGS = 5
 _MAX_TEXT_CHARS = 240
@@ -267,15 +267,12 @@ def _datasets(nodes: _Nodes, expected: Expectations) -> list[Check]:
 
 
 def _mlflow(nodes: _Nodes, uri: str) -> Check:
-    from raydist.tracking.server import connect, explained
-
     try:
-        with explained(uri):
-            connect(uri).search_experiments(max_results=1)
+        read_mlflow(uri)
     except RaydistError as error:
         return Check("MLflow", f"{uri} from the head: {error.found or error.what}")
     if urlsplit(uri).scheme in ("http", "https"):
-        answers = nodes.ask(lambda probe, _: probe.try_http.remote(f"{uri.rstrip('/')}/health"), of=nodes.workers)
+        answers = nodes.ask(lambda probe, _: probe.try_mlflow.remote(uri), of=nodes.workers)
         return _unanswered("MLflow", answers) or Check("MLflow", None, uri)
     return Check("MLflow", None, uri)
 

@@ -7,13 +7,10 @@ import os
 import platform
 import shutil
 import time
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from http import HTTPStatus
 from importlib import metadata
 
 from raydist.core import storage
@@ -21,7 +18,6 @@ from raydist.core import storage
 _PACKAGES = ("ray", "torch", "raydist", "pyarrow", "safetensors")
 _SHARED_MEMORY = "/dev/shm"
 _REDUCED_FLOATS = 1 << 20
-_HTTP_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -75,18 +71,13 @@ class NodeProbe:
             raise RuntimeError(f"what the head wrote to {folder} is not there: every node must reach the same files")
         write_read_delete(folder)
 
-    def try_http(self, url: str) -> None:
-        """Any answer will do, a refusal too, but the server must be able to give one.
+    def try_mlflow(self, uri: str) -> None:
+        """Reads with what this node has of credentials, by the name that it has for the server.
 
         Raises:
-            OSError: there is none, or it is a server's error.
+            TrackingError: the server cannot be reached from here, or refuses.
         """
-        try:
-            urllib.request.urlopen(url, timeout=_HTTP_TIMEOUT_S).close()
-        except urllib.error.HTTPError as error:
-            error.close()
-            if error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
-                raise
+        read_mlflow(uri)
 
     def read_dataset(self, path: str, *, seq_len: int, cache_dir: str | None) -> str:
         """The hash of the dataset's manifest, as this node reads it.
@@ -145,6 +136,18 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
     return {**found, "raydist source": _source_hash()}
+
+
+def read_mlflow(uri: str) -> None:
+    """The cheapest read of MLflow's API: its ``/health`` also answers those whom the API refuses.
+
+    Raises:
+        TrackingError: the server cannot be reached, or refuses.
+    """
+    from raydist.tracking.server import connect, explained
+
+    with explained(uri):
+        connect(uri).search_experiments(max_results=1)
 
 
 def write_read_delete(folder: str) -> None:

@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 import re
 import threading
-import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ import torch.distributed as torch_dist
 from raydist.checkpoint.store import spool_root
 from raydist.config.cluster import PreflightConfig
 from raydist.config.load import resolve
+from raydist.core.errors import TrackingError
 from raydist.runtime import preflight as module
 from raydist.runtime.local_ray import free_port
 from raydist.runtime.preflight import Check, Expectations, preflight
@@ -159,13 +161,26 @@ def test_the_first_node_may_not_be_there_to_meet_at(monkeypatch: pytest.MonkeyPa
 
 
 @contextlib.contextmanager
-def answering(code: int) -> Iterator[str]:
-    """A server on loopback that gives the one answer."""
+def mlflow_that_answers(*codes: int, authorization: str | None = None) -> Iterator[str]:
+    """A server whose ``/health`` is always well, and whose API gives these answers, the last one for ever.
+
+    Who comes without the ``authorization``, if there is one, gets 401.
+    """
+    left = list(codes)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            self.answer(HTTPStatus.OK if self.path == "/health" else HTTPStatus.NOT_FOUND)
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            known = self.headers["Authorization"] == authorization
+            self.answer((left.pop(0) if len(left) > 1 else left[0]) if known else HTTPStatus.UNAUTHORIZED)
+
+        def answer(self, code: int) -> None:
             self.send_response(code)
             self.end_headers()
+            self.wfile.write(b"{}" if code == HTTPStatus.OK else b"Invalid Host header")
 
         def log_message(self, *unused: object) -> None:
             pass
@@ -173,15 +188,46 @@ def answering(code: int) -> Iterator[str]:
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/health"
+        yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
         thread.join()
 
 
-@pytest.mark.parametrize(("code", "answers"), [(200, True), (401, True), (404, True), (502, False)])
-def test_a_refusal_is_an_answer_and_a_broken_server_is_none(code: int, answers: bool) -> None:
-    with answering(code) as url, contextlib.nullcontext() if answers else pytest.raises(urllib.error.HTTPError):
-        NodeProbe().try_http(url)
+@pytest.mark.parametrize(
+    ("code", "words"), [(401, "refuses"), (403, "refuses"), (404, "refuses"), (502, "cannot be reached")]
+)
+def test_a_node_is_told_what_the_server_makes_of_it(code: int, words: str, mlflow_environment: None) -> None:
+    with mlflow_that_answers(code) as uri:
+        assert urllib.request.urlopen(f"{uri}/health", timeout=5).status == HTTPStatus.OK
+        with pytest.raises(TrackingError, match=words):
+            NodeProbe().try_mlflow(uri)
+
+
+def mlflow_check(uri: str, monkeypatch: pytest.MonkeyPatch) -> Check:
+    """By a head that asks first, and one node."""
+    monkeypatch.setattr(module.ray, "wait", wait)
+    monkeypatch.setattr(module.ray, "get", lambda reference: reference.answer())
+    return module._mlflow(module._Nodes({"a": Actor(is_silent=False)}, workers=["a"], timeout_s=60), uri)
+
+
+def test_a_server_that_refuses_one_node_is_named(mlflow_environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with mlflow_that_answers(200, 403) as uri:
+        problem = mlflow_check(uri, monkeypatch).problem
+    assert problem is not None
+    assert problem.startswith(f"a: the MLflow server refuses {uri} ")
+    assert "Invalid Host header" in problem
+    with mlflow_that_answers(200) as uri:
+        assert mlflow_check(uri, monkeypatch).passed
+    with mlflow_that_answers(403) as uri:
+        assert "from the head: " in (mlflow_check(uri, monkeypatch).problem or "")
+
+
+def test_a_node_comes_with_its_credentials(mlflow_environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with mlflow_that_answers(200, authorization="Bearer of-this-node") as uri:
+        with pytest.raises(TrackingError, match="refuses"):
+            NodeProbe().try_mlflow(uri)
+        monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "of-this-node")
+        NodeProbe().try_mlflow(uri)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _START_LIMIT_S = 180.0
@@ -29,6 +29,7 @@ class MlflowServer:
         artifacts: where artifacts go, e.g. ``s3://bucket/prefix``; by default a folder beside the database.
         environment: for the server besides this process's own, e.g. an object store's credentials.
         host: to bind to.
+        options: for ``mlflow server`` besides.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class MlflowServer:
         artifacts: str | None = None,
         environment: Mapping[str, str] | None = None,
         host: str = "127.0.0.1",
+        options: Sequence[str] = (),
     ) -> None:
         self.folder = folder
         with socket.socket() as probe:
@@ -45,6 +47,7 @@ class MlflowServer:
             self.port: int = probe.getsockname()[1]
         self.url = f"http://{host}:{self.port}"
         self._host = host
+        self._options = tuple(options)
         self._artifacts = artifacts or str(folder / "artifacts")
         self._environment = dict(environment or {})
         self._process: subprocess.Popen[bytes] | None = None
@@ -71,7 +74,7 @@ class MlflowServer:
         assert not self.is_running
         command = [sys.executable, "-m", "mlflow", "server", "--host", self._host, "--port", str(self.port)]
         command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
-        command += ["--artifacts-destination", self._artifacts]
+        command += ["--artifacts-destination", self._artifacts, *self._options]
         inherited = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "server.log", "ab") as log:
