@@ -34,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     show = verbs.add_parser("show", help="print the documents that a step read")
     show.add_argument("dataset", nargs="?", help="dataset or run directory; or use --run")
     show.add_argument("--run", metavar="RUN_DIR", help="take everything from a run's config.yaml")
-    show.add_argument("--step", type=int, required=True, help="0 is the first step")
+    show.add_argument("--step", type=int, required=True, help="counted from 0: step N is N + 1 in curves and progress")
     show.add_argument("--batch-rows", type=int, default=8)
     show.add_argument("--seq-len", type=int, default=512)
     show.add_argument("--seed", type=int, default=0)
@@ -212,6 +212,7 @@ def _show(args: argparse.Namespace) -> dict[str, Any]:
 
     mixture, batch_rows = _mixture(args)
     rows = step_documents(mixture, first_sample=args.step * batch_rows, num_rows=batch_rows)
+    say(f"step {args.step} ({args.step + 1} in curves and progress)")
     for row in rows:
         say(f"row {row.row}, epoch {row.epoch}, {row.dataset}")
         for segment in row.segments:

@@ -25,6 +25,8 @@ from raydist.runtime.elastic import RunTrainer
 from raydist.runtime.monitor import RunMonitor, raise_mistake, replay
 from raydist.runtime.stopping import StopSignals
 from raydist.runtime.worker import worker_main
+from raydist.tracking.mlflow_runs import RunHandle
+from raydist.tracking.run_files import RunFiles
 from raydist.training.hooks import Hook, RunFacts
 from raydist.training.lease import holder_of
 from raydist.training.session import Outcome
@@ -55,6 +57,7 @@ def train_on_ray(recipe: Recipe, *, run_dir: str, address: str | None = None, ho
     scaling = recipe.config.scaling
     with connected(address=address, min_cpus=scaling.num_workers * scaling.cpus_per_worker):
         require_capacity(scaling)
+        _tag_job(run_dir)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         monitor = ray.remote(num_cpus=0, scheduling_strategy=here)(RunMonitor).remote()  # no other node's loss takes it
         payload = {
@@ -72,6 +75,11 @@ def train_on_ray(recipe: Recipe, *, run_dir: str, address: str | None = None, ho
                 if signals.reason is not None or not outcome.interrupted:
                     return outcome
                 ray.get(monitor.request_stop.remote(None))
+
+
+def _tag_job(run_dir: str) -> None:
+    """The MLflow run is opened before Ray is connected, and a driver's environment does not name its job."""
+    RunHandle(RunFiles(run_dir)).set_tags({"ray.job_id": ray.get_runtime_context().get_job_id()})
 
 
 def _fit(payload: dict[str, Any], recipe: Recipe, signals: StopSignals) -> Outcome:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -218,7 +219,8 @@ class TrainLoop:
                 where=f"optimizer step {bad_step}",
                 found="NaN or infinity in the loss or its gradient",
                 expected="finite numbers on all ranks",
-                fix=f"look at what the step read: raydist data show --run <run directory> --step {bad_step}\n"
+                fix="look at what the step read: "
+                f"raydist data show --run {shlex.quote(self.checkpointer.run_dir)} --step {bad_step}\n"
                 "lower training.optimizer.learning_rate, then go on from the last checkpoint with --resume",
             )
 

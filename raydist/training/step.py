@@ -51,8 +51,10 @@ def global_counts(
         wishes: numbers that are summed along.
     """
     names = sorted(counts)
-    local = torch.tensor([*(counts[name] for name in names), *wishes], dtype=torch.float64, device=device)
-    sums = sum_over_ranks(local)
+    values = [*(counts[name] for name in names), *wishes]
+    # from pinned memory the copy to a GPU does not wait
+    local = torch.tensor(values, dtype=torch.float64, pin_memory=device.type == "cuda")
+    sums = sum_over_ranks(local.to(device, non_blocking=True))
     ballot = Ballot(sums[len(names) :])
     total = sums[: len(names)].clamp(min=1.0)
     return {name: total[index] for index, name in enumerate(names)}, ballot

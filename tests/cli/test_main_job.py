@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import ray
 import yaml
 
 from raydist.cli.main import main
@@ -74,6 +75,7 @@ def test_the_main_job(
     assert [(run["name"], run["status"]) for run in runs["runs"]] == [("small", "FINISHED")]
     shown, _ = raydist(capsys, "runs", "show", "small")
     assert "set_block" in json.dumps(shown)
+    assert shown["tags"]["ray.job_id"] == ray.get_runtime_context().get_job_id()
 
     pulled, _ = raydist(capsys, "artifacts", "pull", "small", "--to", "pulled")
     names = {

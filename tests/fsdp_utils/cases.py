@@ -17,6 +17,8 @@ from raydist.fsdp_utils.materialize import full_state, materialize
 from raydist.fsdp_utils.mesh import make_mesh
 from raydist.models.config import DecoderConfig
 from raydist.models.decoder import Decoder
+from raydist.models.hf import META_NAME, HfWeights, read_hf_config, save_hf
+from raydist.models.init import initialize
 from raydist.models.mask_spec import CausalMask
 from raydist.training.step import clip_by_global_norm
 
@@ -139,6 +141,7 @@ def compute(workers: Workers, folder: str) -> None:
             save_file({"loss": losses, **gradients}, os.path.join(folder, f"{case.name}-gradients.safetensors"))
         check_clipping(decoder)
     check_loading(workers)
+    check_growth(workers, folder)
 
 
 def check_clipping(decoder: Decoder) -> None:
@@ -181,6 +184,33 @@ def check_loading(workers: Workers) -> None:
     if workers.is_first:
         assert list(found) == list(stored)
         assert all(torch.equal(found[name], stored[name]) for name in stored)
+
+
+def check_growth(workers: Workers, folder: str) -> None:
+    """Foreign tied weights without rows for the last two tokens: every worker gets its rows, and the head has them too."""
+    stored = tiny_config(tied=True).model_copy(update={"vocab_size": 35})
+    foreign = Decoder(stored)
+    initialize(foreign, SEED)
+    source = os.path.join(folder, "foreign")
+    if workers.is_first:
+        save_hf(source, state=dict(foreign.named_parameters()), config=stored, tokenizer_json=None, token_ids={})
+        os.remove(os.path.join(source, META_NAME))
+    torch.distributed.barrier()
+    config = read_hf_config(source).with_vocab(37)
+    weights = HfWeights(source, config)
+    decoder = materialize(config, mesh=make_mesh(workers), device=workers.device, seed=SEED + 1, weights=weights)
+    assert decoder.head.weight is decoder.embedding.weight
+    expected = {name: parameter.detach() for name, parameter in foreign.named_parameters()}
+    rows = expected["embedding.weight"]
+    expected["embedding.weight"] = torch.cat([rows, rows.mean(dim=0, keepdim=True).expand(2, -1)])
+    plain = Decoder(config)
+    plain.load_state_dict(expected, strict=False)
+    every_row = slice(0, NUM_ROWS)
+    assert abs(backward_of_rows(decoder, rows=every_row) - backward_of_rows(plain, rows=every_row)) < 1e-5
+    found = full_state(decoder)
+    if workers.is_first:
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def read(folder: str, case: Case, what: str) -> dict[str, Tensor]:

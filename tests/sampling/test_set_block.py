@@ -177,12 +177,14 @@ def oracle_samples(law, *, gamma, block_size, num=3000):
 
 def test_10_revealing_steps_give_the_modelled_speed_up():
     """Eq. 16 with constant forward time: k / l per block, i.e. tokens over forwards behind the prompt's."""
-    block_size = 4
-    (generation,) = sampler_of(block_size=block_size, gamma=0.9).generate(tiny_decoder(), [[1, 2]], max_new_tokens=16)
+    block_size, decoder = 4, Recorder(tiny_decoder())
+    (generation,) = sampler_of(block_size=block_size, gamma=0.9).generate(decoder, [[1, 2]], max_new_tokens=16)
     steps = [len(set(generation.revealed_at[start : start + block_size])) for start in range(0, 16, block_size)]
     assert all(1 <= num_steps <= block_size for num_steps in steps)
     assert min(steps) < block_size
     assert generation.num_forwards == 1 + sum(steps)
+    first, *later = [[block_size] * num_steps for num_steps in steps]
+    assert decoder.widths == [2, *first, *(width for _, *others in later for width in (2 * block_size, *others))]
     assert generation.tokens_per_forward == pytest.approx(16 / (1 + sum(steps)))
 
 

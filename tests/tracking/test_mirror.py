@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from raydist.core import storage
 from raydist.core.errors import ConfigError, StorageError, TrackingError
-from raydist.tracking import jsonl, server
+from raydist.tracking import jsonl, mlflow_runs, server
 from raydist.tracking.artifacts import list_artifacts
 from raydist.tracking.find import find_run
+from raydist.tracking.lineage import Source
 from raydist.tracking.mirror import Mirror
 from raydist.tracking.mlflow_runs import resolve_uri, start_run, sync_run
 from raydist.tracking.mlflow_tracker import open_tracker
@@ -185,7 +186,9 @@ def test_non_finite_values_odd_names_and_a_torn_tail(output_dir: Path) -> None:
     assert handle.run_id == find_run(str(run_dir)).run_id
 
 
-def test_the_run_carries_config_lineage_and_datasets(output_dir: Path) -> None:
+def test_the_run_carries_config_lineage_and_datasets(output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = Source(commit="c" * 40, diff="+learning_rate = 2\n", untracked=False)
+    monkeypatch.setattr(mlflow_runs, "read_source", lambda: changed)
     run_dir = output_dir / "small"
     run_dir.mkdir()
     (run_dir / "config.yaml").write_text("seed: 0\n")
@@ -203,8 +206,11 @@ def test_the_run_carries_config_lineage_and_datasets(output_dir: Path) -> None:
     assert [(i.dataset.name, i.dataset.digest, i.tags[0].value) for i in inputs] == [
         ("text", ("ab" * 32)[:36], "train")
     ]
-    artifacts = [item.path for item in server.connect(run.uri).list_artifacts(handle.run_id)]
-    assert "config.yaml" in artifacts
+    assert (run.tags["git.commit"], run.tags["git.dirty"]) == (changed.commit, "true")
+    client = server.connect(run.uri)
+    assert {"config.yaml", "git.diff"} <= {item.path for item in client.list_artifacts(handle.run_id)}
+    stored = Path(client.get_run(run.run_id).info.artifact_uri)
+    assert (stored / "git.diff").read_text() == changed.diff
 
 
 def test_system_metrics_ride_on_the_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 from raydist.config.load import Recipe, read_resolved
 from raydist.core import storage
 from raydist.core.errors import DataError, ResumeError, StorageError
-from raydist.tracking.find import list_runs
+from raydist.tracking.find import find_run, list_runs
 from raydist.tracking.mlflow_runs import RunHandle
 from raydist.training import driver
 from raydist.training.driver import RunAttempts, conduct
@@ -67,6 +67,11 @@ def test_each_end_has_its_status_and_a_resume_sets_it_anew(recipe: Recipe) -> No
             conduct(recipe, resume=number > 0, attempts=observed(act, seen))
         assert seen == [[("run", "RUNNING")]]
         assert status_of(recipe) == [("run", status)]
+
+
+def test_the_run_names_its_configuration(recipe: Recipe) -> None:
+    run_dir, _, _ = conduct(recipe, resume=False, attempts=ending_in())
+    assert find_run(run_dir).tags["raydist.config_hash"] == recipe.config_hash
 
 
 def away(*_: object, **__: object) -> None:

@@ -47,7 +47,7 @@ def test_a_nan_stops_the_run_before_it_reaches_a_weight(
         terms = whole(self, noised)
         return [dataclasses.replace(terms[0], weights_T=torch.full(terms[0].positions_T.shape, weight)), *terms[1:]]
 
-    recipe = recipe_of(dataset, tmp_path, **changes)
+    recipe = recipe_of(dataset, tmp_path / "my runs", **changes)
     run_dir = prepare_run_dir(recipe, resume=False)
     calls = iter(range(10_000))
     weight = 1.0
@@ -60,7 +60,7 @@ def test_a_nan_stops_the_run_before_it_reaches_a_weight(
     monkeypatch.setattr(SetBlock, "terms", poisoned_at_step_7)
     with pytest.raises(NonFiniteError, match="step 7") as caught:
         run_attempt(recipe, run_dir=run_dir)
-    assert "data show" in (caught.value.fix or "")
+    assert f"raydist data show --run '{run_dir}' --step 7\n" in (caught.value.fix or "")
     newest = newest_complete(run_dir)
     assert newest is not None
     assert newest.step == 5
