@@ -61,6 +61,7 @@ bench: $(VENV)/.installed-dev  ## measure against the peers; writes benchmarks/r
 	@$(BIN)/python benchmarks/alignment.py
 	@$(BIN)/python benchmarks/resample_synthetic.py
 	@$(BIN)/python benchmarks/sweep_overhead.py
+	@$(BIN)/python benchmarks/ready_sweeps.py
 	@$(BIN)/python benchmarks/checkpoint.py
 	@$(BIN)/python benchmarks/goodput.py
 

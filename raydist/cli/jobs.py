@@ -7,7 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from raydist.cli.output import EXIT_UNFINISHED, console, say
+from raydist.cli.output import EXIT_FAILED, EXIT_UNFINISHED, console, say
 
 if TYPE_CHECKING:
     from raydist.runtime.jobs import JobsApi
@@ -63,7 +63,7 @@ def follow_job(api: JobsApi, job_id: str, *, say_how: str) -> dict[str, Any]:
     job = api.find(job_id)
     say(f"\n{job_id}: {job.status.lower()}")
     exit_codes = {"SUCCEEDED": {}, "STOPPED": {"exit_code": EXIT_UNFINISHED}}
-    return {"status": job.status, **exit_codes.get(job.status, {"exit_code": 2})}
+    return {"status": job.status, **exit_codes.get(job.status, {"exit_code": EXIT_FAILED})}
 
 
 def write_text(text: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from raydist.cli.output import console, next_commands, say, table
+from raydist.cli.output import EXIT_FAILED, EXIT_UNFINISHED, console, next_commands, say, table
 from raydist.core.errors import ConfigError
 
 
@@ -90,8 +90,10 @@ def _overlay(words: list[str]) -> tuple[str | None, list[str]]:
 def _command(args: argparse.Namespace) -> str:
     import shlex
 
-    words = [args.sweep, *args.overrides, *(["--address", args.address] if args.address else [])]
-    return "raydist sweep " + " ".join(shlex.quote(word) for word in words)
+    words = [args.sweep, *args.overrides]
+    words += ["--address", args.address] if args.address else []
+    words += ["--register", args.register] if args.register else []
+    return f"raydist sweep {shlex.join(words)}"
 
 
 def _say_ranking(outcome: Any) -> None:
@@ -117,16 +119,18 @@ def _say_ranking(outcome: Any) -> None:
 
 
 def _say_next(sweep: Any, outcome: Any, *, model_dir: str | None) -> None:
+    import shlex
+
     best = outcome.best
     if best is None:
         say("\nno trial finished; to run the others: the same command with --resume")
         return
-    commands = [("look at it", f"open {outcome.pictures[-1]}")] if outcome.pictures else []
+    commands = [("look at it", f"open {shlex.quote(outcome.pictures[-1])}")] if outcome.pictures else []
     if model_dir is None:
         commands += [
             ("train the winner", winner_command(sweep, best.parameters)),
-            ("sample it", f"raydist sample {best.run_dir} --prompt 'def ' --compare"),
-            ("pull it", f"raydist artifacts pull {best.run_dir} --to pulled"),
+            ("sample it", f"raydist sample {shlex.quote(best.run_dir)} --prompt 'def ' --compare"),
+            ("pull it", f"raydist artifacts pull {shlex.quote(best.run_dir)} --to pulled"),
         ]
     else:
         commands.append(("sample with it", _sample_command(sweep, best.parameters, model_dir=model_dir)))
@@ -134,7 +138,10 @@ def _say_next(sweep: Any, outcome: Any, *, model_dir: str | None) -> None:
 
 
 def _sample_command(sweep: Any, parameters: dict[str, Any], *, model_dir: str) -> str:
-    """``raydist sample RUN --sampler NAME key=value ...``, which names all settings of the trial's sampler."""
+    """``raydist sample DIR --sampler NAME key=value ...``, which names all settings of the trial's sampler.
+
+    The model's directory, because a run's name is looked up in the sweep's ``output_dir`` here, and in `runs` there.
+    """
     import shlex
 
     from raydist.config.load import as_overrides
@@ -143,7 +150,7 @@ def _sample_command(sweep: Any, parameters: dict[str, Any], *, model_dir: str) -
     sampling = sweep.sampling_of(parameters, defaults=read_meta(model_dir).get("sampling"))
     settings = sampling.sampler.model_dump(mode="json", exclude_unset=True)
     words = [settings.pop("name"), *as_overrides(settings)]
-    command = ["raydist sample", shlex.quote(sweep.config.checkpoint), "--prompt 'def ' --sampler"]
+    command = ["raydist sample", shlex.quote(model_dir), "--prompt 'def ' --sampler"]
     return " ".join([*command, *(shlex.quote(word) for word in words)])
 
 
@@ -191,4 +198,12 @@ def _summary(sweep: Any, outcome: Any) -> dict[str, Any]:
             for record in outcome.records
         ],
         "pictures": outcome.pictures,
+        "exit_code": _exit_code(outcome),
     }
+
+
+def _exit_code(outcome: Any) -> int:
+    """As of ``raydist train``: that ``--resume`` goes on is no failure; that no trial finished is one."""
+    if outcome.has_more:
+        return EXIT_UNFINISHED
+    return EXIT_FAILED if outcome.best is None else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,14 +19,14 @@ from raydist.models.hf import read_meta
 from raydist.runtime.bookkeeper import Bookkeeper
 from raydist.runtime.cluster import connected
 from raydist.runtime.sample_trials import SampleTrials, output_dir_of, read_rows, tracking_of
-from raydist.runtime.sweep_capacity import alive_nodes
+from raydist.runtime.sweep_capacity import alive_nodes, embedded_cpus
 from raydist.runtime.sweep_dir import PICTURES, SPEC, TRIALS, SweepDir, open_sweep_dir
 from raydist.runtime.sweep_runner import SweepRunner
 from raydist.runtime.sweep_view import Kind, SweepView
 from raydist.runtime.train_trials import TrainTrials, check_sweep, require_room
-from raydist.serving.register import register_export
+from raydist.serving.register import check_name, register_export
 from raydist.tracking.find import find_run
-from raydist.tracking.mlflow_runs import RunHandle
+from raydist.tracking.mlflow_runs import RunHandle, resolve_uri
 from raydist.tracking.run_files import RunFiles
 from raydist.tracking.sweep_runs import start_sweep_run
 from raydist.training.lease import DriverLease
@@ -85,7 +86,7 @@ class _Subject:
         if sweep.recipe is not None:
             config = sweep.recipe.config
             check_sweep(sweep)
-            min_cpus = config.scaling.num_workers * config.scaling.cpus_per_worker
+            min_cpus = embedded_cpus(config.scaling, machine_cpus=os.cpu_count() or 1)
             return cls(config.output_dir, config.tracking, min_cpus, TrainTrials)
         assert model_dir is not None
         sweep.validate_trials(sampling=read_meta(model_dir).get("sampling"))
@@ -120,15 +121,10 @@ def run_sweep(
 
     Raises:
         RaydistError: a mistake in the sweep, a name in use, another driver of this sweep that is alive, a cluster that no
-            trial fits into, ...
+            trial fits into, a model that could not be registered, ...
     """
-    if register is not None and sweep.recipe is None:
-        raise ConfigError(
-            "a sweep over samplers trains nothing: there is no new model to register",
-            where="--register",
-            found=register,
-            fix=f"leave it out; to register the model itself: raydist export {sweep.config.checkpoint} --register {register}",
-        )
+    if register is not None:
+        _check_registration(sweep, register)
     subject = _Subject.of(sweep, model_dir=model_dir)
     with connected(address=address, min_cpus=subject.min_cpus):
         if sweep.recipe is not None:
@@ -138,6 +134,32 @@ def run_sweep(
             folder = SweepDir(folder.path, name=sweep.name)  # with what a driver wrote that has ended meanwhile
             runner, parent = _run_trials(sweep, folder, subject, view=view)
     return _conclude(sweep, folder, runner, parent, model_dir=model_dir, register=register)
+
+
+def _check_registration(sweep: Sweep, name: str) -> None:
+    """Refuses before the first trial what would fail after the last one.
+
+    Raises:
+        RaydistError: the sweep trains nothing, the name is none for a model, or MLflow is off.
+    """
+    if sweep.recipe is None:
+        raise ConfigError(
+            "a sweep over samplers trains nothing: there is no new model to register",
+            where="--register",
+            found=name,
+            fix=f"leave it out; to register the model itself: raydist export {sweep.config.checkpoint} --register {name}",
+        )
+    check_name(name)
+    config = sweep.recipe.config
+    tracking = config.tracking
+    if resolve_uri(tracking.mlflow_uri, output_dir=config.output_dir, experiment=tracking.experiment) is None:
+        raise ConfigError(
+            "MLflow is off, and its model registry with it",
+            where="--register",
+            found=f"{name}, with tracking.mlflow_uri (or MLFLOW_TRACKING_URI) none",
+            expected="a server, or nothing for a database in the output directory",
+            fix="leave --register out, or let the sweep be tracked: tracking.mlflow_uri=http://...",
+        )
 
 
 @contextmanager

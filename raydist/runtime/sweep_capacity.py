@@ -17,6 +17,16 @@ def alive_nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
+def embedded_cpus(scaling: ScalingConfig, *, machine_cpus: int) -> float:
+    """Logical CPUs that a Ray inside this process must offer for one trial, also where the machine has fewer.
+
+    It grows with the number of workers, so that two of them can be tried on one CPU, as `raydist train` does it. It does not
+    grow with what a single worker wants beyond the machine: that one finds no room then, and :func:`require_slots` refuses
+    it with the numbers, as on any other cluster.
+    """
+    return scaling.num_workers * min(scaling.cpus_per_worker, machine_cpus)
+
+
 def worker_slots(scaling: ScalingConfig, nodes: Nodes) -> int:
     """Workers that fit, each on one node: ``sum over nodes of min(CPUs // CPUs of a worker, GPUs)``."""
     return sum(_slots_of(scaling, node) for node in nodes)

@@ -8,10 +8,11 @@ from typing import Any
 
 from data_loaders.manifest import read_manifest
 from raydist.config.load import Recipe, with_absolute_paths
-from raydist.config.schema import RunConfig
+from raydist.config.schema import RunConfig, ScalingConfig
 from raydist.config.sweep import Sweep
 from raydist.config.sweep_values import Choice
 from raydist.core import storage
+from raydist.core.errors import ConfigError
 from raydist.evaluation.sweep_records import TrialRecord
 from raydist.runtime.bookkeeper import Bookkeeper
 from raydist.runtime.sweep_capacity import Nodes, require_slots
@@ -118,11 +119,7 @@ def require_room(sweep: Sweep, nodes: Nodes) -> None:
     Raises:
         CapacityError: with the numbers.
     """
-    assert sweep.recipe is not None
-    scalings = [sweep.recipe.config.scaling]
-    if any(key.split(".")[0] == "scaling" for key in sweep.config.space):
-        scalings = [sweep.resolve_trial(trial).config.scaling for trial in sweep.foreseen_trials()]
-    for scaling in dict.fromkeys(scalings):
+    for scaling in _scalings(sweep):
         require_slots(scaling, nodes, where=f"{sweep.path}: scaling")
 
 
@@ -130,9 +127,27 @@ def check_sweep(sweep: Sweep) -> None:
     """Refuses a sweep whose trials cannot be trained or ranked.
 
     Raises:
-        RaydistError: see :meth:`raydist.config.sweep.Sweep.validate_trials`; or a dataset is missing.
+        RaydistError: see :meth:`raydist.config.sweep.Sweep.validate_trials`; or a dataset is missing, or trials are elastic.
     """
     assert sweep.recipe is not None
     data = sweep.recipe.config.data
     manifests = [read_manifest(part.path) for part in (*data.train, *data.validation)]
     sweep.validate_trials(ids=token_ids(manifests[0]))
+    for scaling in _scalings(sweep):
+        if scaling.min_workers not in (None, scaling.num_workers):
+            raise ConfigError(
+                "trials are not elastic: while a node is missing fewer of them run at a time, each on all its workers",
+                where="scaling.min_workers",
+                found=f"{scaling.min_workers}, with scaling.num_workers={scaling.num_workers}",
+                expected="null",
+                fix="for this sweep alone: scaling.min_workers=null behind the command, or under overrides in the sweep file",
+            )
+
+
+def _scalings(sweep: Sweep) -> list[ScalingConfig]:
+    """Those that the trials are known to have, each once."""
+    assert sweep.recipe is not None
+    scalings = [sweep.recipe.config.scaling]
+    if any(key.split(".")[0] == "scaling" for key in sweep.config.space):
+        scalings = [sweep.resolve_trial(trial).config.scaling for trial in sweep.foreseen_trials()]
+    return list(dict.fromkeys(scalings))

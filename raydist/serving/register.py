@@ -68,7 +68,7 @@ def register_export(run: TrackedRun, *, export: str, name: str, max_bytes: int =
         TrackingError: the name is none, or MLflow is away or refuses.
         ModelError: the folder holds no model.
     """
-    _check_name(name)
+    check_name(name)
     with server.explained(run.uri), server.patient_http():
         client = server.connect(run.uri)
         with tempfile.TemporaryDirectory() as scratch:
@@ -97,7 +97,12 @@ def _version(name: str, version: int, *, is_new: bool) -> ModelVersion:
     return ModelVersion(name=name, version=version, uri=f"models:/{name}/{version}", is_new=is_new)
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Refuses what MLflow or a path cannot take as a registered model's name.
+
+    Raises:
+        TrackingError: see above.
+    """
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,199}", name, re.ASCII):
         raise TrackingError(
             "not a name for a registered model",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import shlex
 import time
 from collections.abc import Callable, Mapping
@@ -19,9 +21,9 @@ from raydist.cli import sample
 from raydist.cli.sampler_choice import explicit_sampler
 from raydist.cli.sweep import _sample_command
 from raydist.config.sweep import load_sweep
-from raydist.core.errors import ConfigError, ResumeError, TrackingError
+from raydist.core.errors import CapacityError, ConfigError, RaydistError, ResumeError, TrackingError
 from raydist.evaluation.sweep_records import TrialRecord
-from raydist.runtime import bookkeeper
+from raydist.runtime import bookkeeper, train_trials
 from raydist.runtime import sweep as sweep_module
 from raydist.runtime.bookkeeper import Bookkeeper
 from raydist.runtime.sample_trials import tracking_of
@@ -30,7 +32,7 @@ from raydist.runtime.sweep_runner import SweepRunner
 from raydist.runtime.sweep_view import SweepView
 from raydist.training import lease
 from raydist.training.lease import LEASE, DriverLease
-from tests.runtime.sweeps import METRIC, RATE, make_sweep, wait_for
+from tests.runtime.sweeps import METRIC, RATE, make_sweep, wait_for, write_sweep
 from tests.training.cases import recipe_of
 
 
@@ -159,6 +161,7 @@ def test_a_model_that_cannot_be_registered_leaves_a_whole_sweep(
     drive: Any, parent: Handle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweep_module, "write_report", lambda *_, **__: [])
+    monkeypatch.setattr(sweep_module, "_check_registration", lambda *_: None)
 
     with pytest.raises(TrackingError):  # the trial is in no MLflow
         drive(finish_one, register="mine")
@@ -166,6 +169,74 @@ def test_a_model_that_cannot_be_registered_leaves_a_whole_sweep(
     assert (row["trial"], row[METRIC]) == ("rates-000", 2.5)
     assert json.loads((tmp_path / "out/rates/best.json").read_text())["trial"] == "rates-000"
     assert parent.status == "FINISHED"
+
+
+# --- what is refused before the first trial ---
+
+
+@pytest.mark.parametrize(("name", "words"), [("my/model", "not a name"), ("mine", "MLflow is off")])
+def test_a_model_that_could_not_be_registered_is_refused_before_a_trial_runs(
+    drive: Any, tmp_path: Path, name: str, words: str
+) -> None:
+    with pytest.raises(RaydistError, match=words) as caught:
+        drive(lambda _: pytest.fail("hours of trials"), register=name)
+    assert caught.value.where == "--register"
+    assert caught.value.fix or caught.value.expected
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("machine_cpus", "scaling", "fits"),
+    [
+        (2, {"cpus_per_worker": 1000}, False),
+        (2, {"cpus_per_worker": 2.5}, False),
+        (2, {"num_workers": 4, "cpus_per_worker": 3}, False),
+        (2, {"cpus_per_worker": 2}, True),
+        (1, {"num_workers": 2}, True),
+        (2, {"num_workers": 2, "cpus_per_worker": 2}, True),
+        (1, {"num_workers": 4, "cpus_per_worker": 0.5}, True),
+    ],
+)
+def test_the_ray_of_a_sweep_lends_a_worker_no_cpus_that_the_machine_has_not(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    parent: Handle, machine_cpus: int, scaling: dict[str, float], fits: bool,
+) -> None:  # fmt: skip
+    """More workers than CPUs are lent theirs, as in `raydist train`."""
+    recipe = {f"scaling.{key}": value for key, value in scaling.items()}
+    sweep = make_sweep(tmp_path, dataset, space={RATE: [1e-3]}, recipe=recipe)
+    cpus = []
+
+    def start(*, address: str | None, min_cpus: float) -> Any:
+        cpus.append(max(machine_cpus, math.ceil(min_cpus)))  # as `connected` does it
+        return nullcontext()
+
+    monkeypatch.setattr(os, "cpu_count", lambda: machine_cpus)
+    monkeypatch.setattr(sweep_module, "connected", start)
+    monkeypatch.setattr(sweep_module, "alive_nodes", lambda: [{"CPU": float(cpus[-1])}])
+    monkeypatch.setattr(sweep_module, "require_room", train_trials.require_room)
+    monkeypatch.setattr(SweepRunner, "run", interrupt)
+    with pytest.raises(KeyboardInterrupt if fits else CapacityError) as caught:
+        run_sweep(sweep, resume=False, view=SweepView())
+    if isinstance(caught.value, CapacityError):
+        each = scaling["cpus_per_worker"]
+        assert caught.value.expected == f"{scaling.get('num_workers', 1)} workers of {each:g} CPU, each on one node"
+        assert f"on 1 node ({cpus[-1]} CPU)" in (caught.value.found or "")
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["recipe", "space"])
+def test_elastic_trials_are_refused(dataset: str, tmp_path: Path, place: str) -> None:
+    space: dict[str, Any] = {RATE: [1e-3]}
+    if place == "space":
+        space["scaling"] = [{"num_workers": 2}, {"num_workers": 2, "min_workers": 1}]
+    recipe = {"scaling.num_workers": 2, "scaling.min_workers": 1} if place == "recipe" else {}
+    path = write_sweep(tmp_path, dataset, space=space, recipe=recipe)
+    with pytest.raises(ConfigError, match="not elastic") as caught:
+        train_trials.check_sweep(load_sweep(path))
+    assert caught.value.where == "scaling.min_workers"
+    if place == "recipe":
+        train_trials.check_sweep(load_sweep(path, ["scaling.min_workers=null"]))
+        train_trials.check_sweep(load_sweep(path, ["scaling.min_workers=2"]))
 
 
 # --- sweeps over samplers ---
