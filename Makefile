@@ -43,7 +43,7 @@ test: lint  ## lint, types and every test that needs no GPU
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m "not slow and not gpu and not ray"
 	@OMP_NUM_THREADS=1 $(BIN)/pytest --maxfail 3 -m "ray and not slow and not gpu"
 
-test-faults: $(VENV)/.installed-dev  ## kill workers in the middle of real runs (minutes)
+test-faults: $(VENV)/.installed-dev  ## kill workers in the middle of real runs (minutes; the quick fault tests are part of make test)
 	@OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults --maxfail 3 -m "slow and not gpu"
 
 test-gpu: $(VENV)/.installed-dev  ## the tests that need a CUDA device

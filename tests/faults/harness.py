@@ -183,14 +183,20 @@ class Recovery:
 
 
 def assert_one_finished_run(
-    run_dir: str, *, uri: str, curve: Curve, status: str = "FINISHED", rounding: float = 0.0
+    run_dir: str,
+    *,
+    uri: str,
+    curve: Curve,
+    status: str = "FINISHED",
+    rounding: float = 0.0,
+    experiment: str = "raydist",
 ) -> None:
     """MLflow has exactly one run, ended rightly, with every step once.
 
     It keeps the first value of a step that was done twice; ``rounding`` is how far the second may be from it, where the
     number of workers changed in between.
     """
-    runs = list_runs(uri, experiment="raydist")
+    runs = list_runs(uri, experiment=experiment)
     assert [(run.name, run.status) for run in runs] == [(Path(run_dir).name, status)]
     history = server.connect(uri).get_metric_history(runs[0].run_id, "loss")
     assert [point.step for point in history] == [step for step, _ in curve], "a step is in MLflow twice, or missing"

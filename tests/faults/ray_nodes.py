@@ -74,6 +74,10 @@ class RayNode:
         """Process ids of the Ray Train workers on the node."""
         return sorted(process.pid for process in self.processes() if "RayTrainWorker" in _command_line(process))
 
+    def terminate(self) -> None:
+        """SIGTERM to its ``ray start``, as an orchestrator ends a container, without waiting."""
+        self.process.terminate()
+
     def kill(self) -> None:
         """SIGKILL to every process of the node at once, as when the machine loses its power."""
         self.is_killed = True

@@ -12,6 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from raydist.tracking.jsonl import read_curve
+from tests.faults.harness import assert_one_finished_run
+
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.mlflow_server]
 
@@ -49,6 +52,10 @@ def test_the_demonstration(tmp_path: Path, record_fault: Callable[..., None]) ->
     assert (folder / "pulled" / "model" / "model.safetensors").stat().st_size > 1_000_000
     assert "tokens per forward" in done.stdout
     assert {"model", "pictures"} <= {path.name for path in (folder / "pulled").iterdir()}
+    curve = read_curve(str(folder / "pulled" / "metrics.jsonl"))["loss"]
+    assert curve[-1][0] == 180
+    uri = f"sqlite:///{folder}/mlflow.db"
+    assert_one_finished_run("cluster-demo", uri=uri, curve=curve, experiment="quickstart")
     assert processes_that_name(str(folder)) == []
     record_fault(
         "a node of a submitted job is killed (data, checkpoints and artifacts on S3, MLflow server)",

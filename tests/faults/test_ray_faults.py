@@ -122,10 +122,23 @@ def test_the_driver_is_killed_and_started_again(
     nodes.assert_all_gone()
 
 
-def test_a_node_is_drained(
-    nodes: RayNodes, dataset: str, tmp_path: Path, whole_curve: Curve, record_fault: RecordFault
-) -> None:
+def _drain(nodes: RayNodes, leaving: RayNode) -> None:
     """What a cloud's notice comes down to, once somebody has passed it on to Ray."""
+    nodes.drain(leaving, deadline_s=120)
+
+
+def _terminate(nodes: RayNodes, leaving: RayNode) -> None:
+    """What Kubernetes sends to a pod that it evicts: Ray drains the node by itself before it ends it."""
+    leaving.terminate()
+
+
+@pytest.mark.parametrize(
+    ("fault", "announce"), [("a node is drained (preemption notice)", _drain), ("a node gets SIGTERM", _terminate)]
+)
+def test_a_node_is_taken_away_with_notice(
+    nodes: RayNodes, dataset: str, tmp_path: Path, whole_curve: Curve, record_fault: RecordFault,
+    fault: str, announce: Callable[[RayNodes, RayNode], None],
+) -> None:  # fmt: skip
     nodes.add_node()
     nodes.wait_for_cpus(3)
     recipe = write_recipe(tmp_path, dataset, **FAULT_RUN)
@@ -133,14 +146,15 @@ def test_a_node_is_drained(
     driver.wait_for_step(30)
     recovery = Recovery(driver)
     leaving = working_nodes(nodes)[0]
-    nodes.drain(leaving, deadline_s=120)
+    announce(nodes, leaving)
     recovery.wait()
     assert not leaving.train_workers()
     assert recovery.steps_lost == 0
-    record_fault("a node is drained (preemption notice)", "a checkpoint, then on without the node", **recovery.figures)
+    record_fault(fault, "a checkpoint, then on without the node", **recovery.figures)
 
     assert_finished(driver, curve=whole_curve)
     leaving.kill()
+    nodes.assert_all_gone()
 
 
 def test_the_head_is_lost(
@@ -173,5 +187,6 @@ def test_the_head_is_lost(
             **recovery.figures,
         )
         assert_finished(resumed, curve=whole_curve)
+        others.assert_all_gone()
     finally:
         others.stop()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +20,7 @@ from raydist.training.hooks import Hook
 from raydist.training.run_dir import prepare_run_dir
 from raydist.training.session import Outcome, run_attempt
 from tests.faults.bucket_runs import assert_nothing_left, assert_same_curve, recipe_in
+from tests.faults.disks import fill, small_disk
 from tests.servers.faulty_proxy import FaultyProxy
 
 
@@ -189,30 +187,17 @@ def test_a_corrupted_shard_in_the_bucket_is_one_screen_that_names_it(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MiB."""
-    if os.getuid() != 0:
-        pytest.skip("mounting needs root")
-    folder = tmp_path / "small"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def fill(path: Path) -> None:
-    """Writes until the disk is full."""
-    with path.open("wb", buffering=0) as stream, contextlib.suppress(OSError):
-        while True:
-            stream.write(bytes(64 << 10))
+def spool_disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "small") as folder:
+        yield folder
 
 
 def test_a_full_spool_costs_a_save_and_the_next_one_succeeds(
-    bucket: str, dataset: str, tmp_path: Path, whole_in_bucket: dict[str, Any], small_disk: Path,
+    bucket: str, dataset: str, tmp_path: Path, whole_in_bucket: dict[str, Any], spool_disk: Path,
     caplog: pytest.LogCaptureFixture, record_fault: Callable[..., None],
 ) -> None:  # fmt: skip
-    ballast = small_disk / "ballast"
-    recipe = recipe_in(bucket, dataset, tmp_path, **{"checkpoint.spool_dir": str(small_disk), "checkpoint.keep": 3})
+    ballast = spool_disk / "ballast"
+    recipe = recipe_in(bucket, dataset, tmp_path, **{"checkpoint.spool_dir": str(spool_disk), "checkpoint.keep": 3})
     run_dir = prepare_run_dir(recipe, resume=False)
     hooks = [At(5, lambda: fill(ballast)), At(9, ballast.unlink)]
     with caplog.at_level(logging.WARNING, logger="raydist"):
@@ -220,6 +205,6 @@ def test_a_full_spool_costs_a_save_and_the_next_one_succeeds(
     assert "the checkpoint of step 8 is not stored" in caplog.text
     assert "choose another disk by checkpoint.spool_dir" in caplog.text
     assert [checkpoint.step for checkpoint in complete_checkpoints(run_dir)] == [4, 12]
-    assert list(small_disk.iterdir()) == []
+    assert list(spool_disk.iterdir()) == []
     assert_same_curve(run_dir, whole_in_bucket)
     record_fault("disk full on the checkpoint spool", "a save is lost, the run is not", steps_lost=0, recovery_s=None)

@@ -1,4 +1,5 @@
-"""A bucket in trouble, and damaged files in it, while workers on two Ray nodes read from it and save to it."""
+"""A bucket in trouble, damaged files in it, a full disk before it, while workers on two Ray nodes read from it and save to it;
+and an MLflow server that is killed meanwhile."""
 
 from __future__ import annotations
 
@@ -14,19 +15,24 @@ import pytest
 
 from raydist.checkpoint.layout import complete_checkpoints, shard_name
 from raydist.core import storage
+from raydist.tracking.find import list_runs
 from raydist.tracking.jsonl import Curve, read_records
+from tests.faults.disks import fill, small_disk
 from tests.faults.harness import (
     FAULT_RUN,
     Driver,
     Recovery,
     assert_finished,
     assert_one_finished_run,
+    last_step,
     records,
     write_recipe,
 )
 from tests.faults.ray_nodes import RayNodes
 from tests.servers.faulty_proxy import FaultyProxy
+from tests.servers.mlflow_server import MlflowServer
 from tests.servers.object_store import ObjectStore
+from tests.servers.processes import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
@@ -70,7 +76,11 @@ class Site:
 
     def spools(self) -> list[bool]:
         """Whether each node has stored anything by way of its temporary folder."""
-        return [(folder / "tmp" / f"raydist-{os.getuid()}").is_dir() for folder in self.folders]
+        return [self.spool(number).is_dir() for number in range(len(self.folders))]
+
+    def spool(self, number: int) -> Path:
+        """Through which a node's shards of checkpoints go."""
+        return self.folders[number] / "tmp" / f"raydist-{os.getuid()}"
 
     def assert_tidy(self) -> None:
         """No worker is left on the nodes, and of their files no temporary one."""
@@ -287,4 +297,76 @@ def test_a_corrupted_shard_of_data(
         "one screen that names the shard; mended, --resume finishes",
         steps_lost=None,
         recovery_s=seconds_to(records(driver.run_dir), after=mended_at),
+    )
+
+
+def test_the_spool_of_one_node_is_full(
+    site: Site, bucket: str, dataset: str, output_dir: Path, whole_curve: Curve, record_fault: RecordFault
+) -> None:
+    num_steps = 150
+    changes = {"training.num_steps": num_steps, "checkpoint.keep": num_steps}
+    recipe = recipe_in(bucket, dataset, output_dir, **changes)
+    with small_disk(site.spool(1)) as disk:
+        driver = site.drive(recipe)
+        driver.wait_for_step(2 * SAVE_EVERY)
+        site.proxy.slow(delay_s=0.1)  # saves hold the run up, so that it is not over before there is room again
+        ballast = disk / "ballast"
+
+        def a_save_has_failed() -> bool:
+            fill(ballast)  # a shard that was on its way leaves room when it has gone
+            return str(disk) in site.nodes.words_of_workers()
+
+        wait_until(a_save_has_failed, timeout_s=120, what="a save fails", poll_s=0.2)
+        ballast.unlink()
+        freed_at = time.time()
+        site.proxy.pass_all()
+        assert_finished(driver, curve=whole_curve[:num_steps])
+        assert_tidy(site, driver, output_dir)
+    assert "choose another disk by checkpoint.spool_dir" in site.nodes.words_of_workers()
+
+    assert [line["step"] for line in records(driver.run_dir)] == list(range(1, num_steps + 1)), "a step was done twice"
+    saves = [line for line in read_records(f"{driver.run_dir}/metrics.jsonl") if "checkpoint/failed" in line]
+    stored = [line for line in saves if not line["checkpoint/failed"]]
+    assert len(stored) < len(saves)
+    assert saves[-1] in stored
+    assert [line["step"] for line in stored] == [checkpoint.step for checkpoint in complete_checkpoints(driver.run_dir)]
+    record_fault(
+        "disk full on one node's checkpoint spool, run on two Ray nodes",
+        "a save is lost, the run is not (its time: the next save stored)",
+        steps_lost=0,
+        recovery_s=seconds_to(stored, after=freed_at),
+    )
+
+
+@pytest.mark.mlflow_server
+def test_the_mlflow_server_is_killed_and_started_again(
+    site: Site, bucket: str, dataset: str, output_dir: Path, whole_curve: Curve, record_fault: RecordFault
+) -> None:
+    num_steps = 150
+    with MlflowServer(output_dir / "mlflow") as mlflow:
+        changes = {"training.num_steps": num_steps, "tracking.mlflow_uri": mlflow.url}
+        driver = site.drive(recipe_in(bucket, dataset, output_dir, **changes))
+        driver.wait_for_step(2 * SAVE_EVERY)
+        assert [run.status for run in list_runs(mlflow.url)] == ["RUNNING"]
+        site.proxy.slow(delay_s=0.2)  # saves hold the run up, so that it is not over before the server is back
+        mlflow.kill()
+        killed_at = time.time()
+        driver.wait_for_step(last_step(driver.run_dir) + 2 * SAVE_EVERY)
+        mlflow.start()
+        back_at, seen = time.time(), last_step(driver.run_dir)
+        wait_until(lambda: (list_runs(mlflow.url)[0].last_step or 0) >= seen, timeout_s=60, what="MLflow catches up")
+        caught_up_s = time.time() - back_at
+        assert driver.process.poll() is None, "the run was over before MLflow was back"
+        site.proxy.pass_all()
+        assert_finished(driver, curve=whole_curve[:num_steps])
+    assert_tidy(site, driver, output_dir)
+
+    steps = records(driver.run_dir)
+    assert [(line["attempt"], line["step"]) for line in steps] == [(1, step) for step in range(1, num_steps + 1)]
+    assert within(steps, (killed_at, back_at)), "no step while MLflow was away"
+    record_fault(
+        "MLflow killed and started again, run on two Ray nodes",
+        "training went on without a restart, no step twice (its time: MLflow has all steps)",
+        steps_lost=0,
+        recovery_s=caught_up_s,
     )

@@ -128,6 +128,14 @@ def test_a_stopped_job_has_time_to_save(cluster: str, tmp_path: Path) -> None:
             documents(str(changed), recipe)
 
 
+@pytest.mark.parametrize("cluster", KUBERAY)
+def test_ray_drains_an_evicted_worker_for_as_long_as_kubernetes_lets_it(cluster: str) -> None:
+    group = cluster_spec(documents(cluster, recipe_named("quickstart")))["workerGroupSpecs"][0]
+    environment = {variable["name"]: variable["value"] for variable in ray_container(group["template"])["env"]}
+    drain_s = float(environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+    assert 60 < drain_s < group["template"]["spec"]["terminationGracePeriodSeconds"]
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_fits_the_schema_of_ray_up(recipe: Path) -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
