@@ -13,11 +13,11 @@ from raydist.core import storage
 from raydist.core.log import get_logger
 from raydist.evaluation.curves import draw_curves
 from raydist.evaluation.sweep_records import TrialRecord, TrialState
-from raydist.tracking.jsonl import JsonlTracker, read_curve
+from raydist.tracking.jsonl import JsonlTracker, read_curve, read_records
 from raydist.tracking.mlflow_runs import EndStatus, RunHandle, start_run
-from raydist.tracking.sweep_runs import start_sweep_run, trial_tags
+from raydist.tracking.sweep_runs import STATE_TAG, start_sweep_run, trial_tags
 from raydist.training import run_dir as layout
-from raydist.training.driver import dataset_inputs
+from raydist.training.driver import dataset_inputs, point_to_checkpoint
 
 _SEND_EVERY_S = 5.0
 _END_STATUS: dict[TrialState, EndStatus] = {"failed": "FAILED", "waiting": "KILLED"}  # a waiting one can be resumed
@@ -89,9 +89,7 @@ class Bookkeeper:
 
     def _add_measured(self, record: TrialRecord, run_dir: str, *, tracking: TrackingConfig, output_dir: str) -> None:
         storage.make_folder(run_dir)
-        metrics = JsonlTracker(storage.join(run_dir, layout.METRICS))
-        metrics.log_metrics({name: curve[-1][1] for name, curve in record.curve.items()}, step=record.num_steps)
-        metrics.close()
+        _write_measured(record, storage.join(run_dir, layout.METRICS))
         handle = start_sweep_run(
             run_dir,
             name=record.name,
@@ -106,6 +104,8 @@ class Bookkeeper:
     def _end(self, name: str, run_dir: str, *, state: TrialState) -> None:
         handle = self._open.pop(name, None)
         try:
+            if handle is not None and state != "stopped":  # the workers of a stopped trial may still save
+                point_to_checkpoint(handle, run_dir)
             _add_files(handle, name, run_dir)
         finally:
             if handle is not None:
@@ -116,7 +116,16 @@ class Bookkeeper:
         """The state, and the parent once more: it had no id yet if MLflow was away when the trial began."""
         if handle.run_id is not None and self._parent.run_id is None:
             self._parent.send()
-        handle.set_tags({**trial_tags(self._parent, sweep=self._sweep, trial=name), "raydist.trial_state": state})
+        handle.set_tags({**trial_tags(self._parent, sweep=self._sweep, trial=name), STATE_TAG: state})
+
+
+def _write_measured(record: TrialRecord, path: str) -> None:
+    """The one line of a trial that trains nothing; a driver that was killed may have written it."""
+    if any(line["step"] == record.num_steps for line in read_records(path)):
+        return
+    metrics = JsonlTracker(path)
+    metrics.log_metrics({name: curve[-1][1] for name, curve in record.curve.items()}, step=record.num_steps)
+    metrics.close()
 
 
 def _add_files(handle: RunHandle | None, name: str, run_dir: str) -> None:

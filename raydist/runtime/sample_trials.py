@@ -133,6 +133,10 @@ class SampleTrials:
             output_dir=output_dir_of(self.sweep),
         )
 
+    def rebook(self, index: int, record: TrialRecord) -> None:
+        """Writes it anew."""
+        self.ended(record)
+
 
 def tracking_of(sweep: Sweep) -> TrackingConfig:
     """Where a sweep over samplers is tracked: its ``tracking`` overrides.

@@ -6,9 +6,10 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from raydist.checkpoint.layout import MARKER, newest_complete
 from raydist.config.schema import TrackingConfig
 from raydist.config.sweep import Sweep
 from raydist.core import storage
@@ -25,10 +26,12 @@ from raydist.runtime.sweep_runner import SweepRunner
 from raydist.runtime.sweep_view import Kind, SweepView
 from raydist.runtime.train_trials import TrainTrials, check_sweep, require_room
 from raydist.serving.register import check_name, register_export
+from raydist.tracking.artifacts import CHECKPOINTS, ArtifactFile
 from raydist.tracking.find import find_run
 from raydist.tracking.mlflow_runs import RunHandle, resolve_uri
 from raydist.tracking.run_files import RunFiles
-from raydist.tracking.sweep_runs import start_sweep_run
+from raydist.tracking.sweep_runs import start_sweep_run, trials_in_full
+from raydist.training.driver import checkpoint_files
 from raydist.training.lease import DriverLease
 
 _RANKING = "ranking.json"
@@ -196,6 +199,7 @@ def _run_trials(sweep: Sweep, folder: SweepDir, subject: _Subject, *, view: Swee
     books = Bookkeeper(parent, sweep=sweep.name)
     kind = subject.trials(sweep, folder, books)
     try:
+        _complete_books(sweep, folder, kind, parent)
         runner = SweepRunner(sweep, folder=folder, kind=kind, view=view)
         runner.run()
     except BaseException as error:
@@ -205,6 +209,21 @@ def _run_trials(sweep: Sweep, folder: SweepDir, subject: _Subject, *, view: Swee
         raise
     books.close()
     return runner, parent
+
+
+def _complete_books(sweep: Sweep, folder: SweepDir, kind: Kind, parent: RunHandle) -> None:
+    """Tells MLflow of the trials that ended before this start, as far as it does not know.
+
+    That a trial ended is noted first and told to MLflow later, so a driver that was killed may not have come to it.
+    """
+    done = [entry for entry in folder.trials if entry.is_done]
+    known = trials_in_full(parent) if done else None
+    if known is None:
+        return
+    metrics = [metric.name for metric in sweep.config.metric]
+    for entry in done:
+        if (entry.name, entry.state) not in known:
+            kind.rebook(entry.index, folder.record(entry, metrics))
 
 
 def _conclude(
@@ -258,7 +277,23 @@ def _pointer(best: TrialRecord, *, model_dir: str | None) -> dict[str, Any]:
         "run_dir": best.run_dir,
         "mlflow_run_id": RunHandle(RunFiles(best.run_dir)).run_id,
         "checkpoints": storage.join(best.run_dir, "checkpoints"),
+        "checkpoint": _checkpoint_pointer(best.run_dir),
         "model": storage.join(best.run_dir, "export"),
+    }
+
+
+def _checkpoint_pointer(run_dir: str) -> dict[str, Any] | None:
+    """The newest complete checkpoint; its hash is that of its marker, which has those of the other files."""
+    newest = newest_complete(run_dir)
+    if newest is None:
+        return None
+    files = checkpoint_files(newest)
+    return {
+        "step": newest.step,
+        "path": newest.folder,
+        "size": sum(file.size for file in files),
+        "sha256": next(file.sha256 for file in files if file.name.endswith(f"/{MARKER}")),
+        "files": [asdict(file) for file in files],
     }
 
 
@@ -279,6 +314,10 @@ def _fill_parent(parent: RunHandle, folder: SweepDir, pointer: Mapping[str, Any]
         parent.log_artifact(folder.file(name))
     parent.log_artifact(folder.file(PICTURES), folder=PICTURES)
     if pointer is not None:
+        checkpoint = pointer.get("checkpoint")
+        if checkpoint is not None:
+            parent.point_to([ArtifactFile(**file) for file in checkpoint["files"]], folder=CHECKPOINTS)
         parent.log_artifact(folder.file(_BEST))
-        parent.set_tags({f"raydist.best_{key}": str(value) for key, value in pointer.items() if value})
+        places = {**pointer, "checkpoint": checkpoint and checkpoint["path"]}
+        parent.set_tags({f"raydist.best_{key}": str(value) for key, value in places.items() if value})
     parent.finish("FINISHED")

@@ -22,6 +22,7 @@ from raydist.core.errors import ConfigError, ResumeError
 from raydist.evaluation.sweep_records import TrialRecord, TrialState
 from raydist.tracking.jsonl import read_curve
 from raydist.training import run_dir as run_layout
+from raydist.training.lease import holder_of
 
 SPEC = "sweep.yaml"
 RECORD = "sweep.json"
@@ -63,11 +64,21 @@ class TrialEntry:
 
 
 class SweepDir:
-    """The open directory of a sweep; made by :func:`open_sweep_dir`."""
+    """The open directory of a sweep; made by :func:`open_sweep_dir`.
+
+    Opening it changes nothing: a driver that is going to be refused opens it too, while another one writes.
+
+    Attributes:
+        path: of the directory.
+        name: of the sweep.
+        holder: the driver that had the directory's lease when it was opened.
+    """
 
     def __init__(self, path: str, *, name: str) -> None:
         self.path = path
         self.name = name
+        self.holder = holder_of(path)
+        self._is_mended = False
         self._trials: dict[int, TrialEntry] = {}
         for line in _lines(self.file(TRIALS)):
             entry = TrialEntry(**line)
@@ -101,7 +112,10 @@ class SweepDir:
         return self.note(entry)
 
     def note(self, entry: TrialEntry) -> TrialEntry:
-        """Appends a line."""
+        """Appends a line; only the driver that holds the directory does."""
+        if not self._is_mended:
+            _cut_torn_line(self.file(TRIALS))
+            self._is_mended = True
         with open(self.file(TRIALS), "a", encoding="utf-8") as stream:
             stream.write(json.dumps(asdict(entry)) + "\n")
         self._trials[entry.index] = entry
@@ -179,12 +193,17 @@ def _require_same_sweep(sweep: Sweep, record_path: str) -> None:
 
 
 def _lines(path: str) -> list[dict[str, Any]]:
-    """The whole lines of a file; a torn last one, of a driver that was killed, is cut off."""
+    """The whole lines of a file; a torn last one is of a driver that was killed, or that is writing it."""
     if not os.path.exists(path):
         return []
-    with open(path, "rb") as stream:
-        content = stream.read()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
+    return [json.loads(line) for line in storage.read_bytes(path).splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def _cut_torn_line(path: str) -> None:
+    """Takes away what a killed driver left of its last line."""
+    if not os.path.exists(path):
+        return
+    content = storage.read_bytes(path)
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)

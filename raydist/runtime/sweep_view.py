@@ -42,3 +42,6 @@ class Kind(Protocol):
 
     def ended(self, record: TrialRecord) -> None:
         """A trial is over."""
+
+    def rebook(self, index: int, record: TrialRecord) -> None:
+        """A trial was over before this start, and its MLflow run is missing or incomplete."""

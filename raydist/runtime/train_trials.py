@@ -94,6 +94,8 @@ class TrainTrials:
             "config_hash": recipe.config_hash,
             "recipe": recipe.path,
             "run_dir": run_dir,
+            "sweep_dir": self.folder.path,
+            "lease": self.folder.holder,
             "keep_workers": not _varies_the_process(self.sweep),
         }
 
@@ -101,6 +103,12 @@ class TrainTrials:
         """Closes the trial's books."""
         if record.run_dir is not None:
             self.books.end(record.name, record.run_dir, state=record.state)
+
+    def rebook(self, index: int, record: TrialRecord) -> None:
+        """Opens the trial's books once more, or for the first time, and closes them."""
+        if record.run_dir is not None:
+            self.books.begin(self.recipe(index, record.parameters), record.run_dir)
+            self.ended(record)
 
 
 def _varies_the_process(sweep: Sweep) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from raydist.config.schema import RunConfig
 from raydist.core.log import quiet_libraries, set_up_logging
 from raydist.runtime.trial_stages import mark
 from raydist.training.hooks import Hook, RunFacts
+from raydist.training.lease import is_held
 from raydist.training.session import run_attempt
 
 
@@ -56,6 +58,7 @@ def trial_worker(payload: dict[str, Any]) -> dict[str, Any]:
     set_up_logging()
     recipe = Recipe(RunConfig.model_validate(payload["config"]), payload["config_hash"], payload["recipe"])
     hook = TrialHook(payload["board"], name=payload["name"], num_steps=recipe.config.training.num_steps, marks=marks)
-    outcome = run_attempt(recipe, run_dir=payload["run_dir"], hooks=[hook], driver_tracks=True)
+    is_ours = functools.partial(is_held, payload["sweep_dir"], payload["lease"])
+    outcome = run_attempt(recipe, run_dir=payload["run_dir"], hooks=[hook], driver_tracks=True, is_ours=is_ours)
     mark(marks, "export")
     return {"step": outcome.step, "metrics": outcome.metrics, "stopped": outcome.stopped, "marks": marks}

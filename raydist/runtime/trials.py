@@ -62,7 +62,8 @@ class TrainTrial(tune.Trainable):
         self._last: dict[str, Any] = {"step": 0}
         self._config_of_run = RunConfig.model_validate(config["config"])
         ray.get(self._board.begin.remote(self._name))
-        payload = {key: config[key] for key in ("name", "config", "config_hash", "recipe", "run_dir")}
+        passed_on = ("name", "config", "config_hash", "recipe", "run_dir", "sweep_dir", "lease")
+        payload = {key: config[key] for key in passed_on}
         board, name = self._board, self._name
         self._training = TrainingThread(
             {**payload, "board": board},

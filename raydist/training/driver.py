@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 
 from data_loaders.manifest import read_manifest
-from raydist.checkpoint.layout import MARKER, newest_complete
+from raydist.checkpoint.layout import MARKER, Checkpoint, newest_complete
 from raydist.config.load import Recipe
 from raydist.config.schema import DatasetConfig
 from raydist.core import storage
@@ -50,7 +50,7 @@ def conduct(recipe: Recipe, *, resume: bool, attempts: RunAttempts) -> tuple[str
         handle = _open_mlflow_run(recipe, run_dir, datasets=datasets, is_new=not resume)
         try:
             outcome = attempts(recipe, run_dir)
-            _point_to_checkpoint(handle, run_dir)
+            point_to_checkpoint(handle, run_dir)
         except (KeyboardInterrupt, SystemExit):  # Ray turns SIGTERM into SystemExit until the run handles it itself
             _end_badly(handle, "KILLED", lease)
             raise
@@ -76,28 +76,26 @@ def _end_badly(handle: RunHandle, status: EndStatus, lease: DriverLease) -> None
         _log.warning("MLflow is not told that the run ended as %s: %s", status, error)
 
 
-def _point_to_checkpoint(handle: RunHandle, run_dir: str) -> None:
+def point_to_checkpoint(handle: RunHandle, run_dir: str) -> None:
     """Lets MLflow know where the newest checkpoint lies; a trained run is not lost over it."""
     try:
-        _send_pointers(handle, run_dir)
+        newest = None if handle.record is None else newest_complete(run_dir)
+        if newest is not None:
+            handle.point_to(checkpoint_files(newest), folder=CHECKPOINTS)
     except (RaydistError, OSError) as error:
         _log.warning("MLflow is not told where the newest checkpoint lies: %s", error)
 
 
-def _send_pointers(handle: RunHandle, run_dir: str) -> None:
-    """By the sizes and hashes of the checkpoint's marker."""
-    newest = None if handle.record is None else newest_complete(run_dir)
-    if newest is None:
-        return
-    marker = storage.join(newest.folder, MARKER)
-    found = {name: (record.size_bytes, record.sha256) for name, record in newest.files.items()}
+def checkpoint_files(checkpoint: Checkpoint) -> list[ArtifactFile]:
+    """Pointers to a checkpoint's files where they lie, by the sizes and hashes of its marker, and to the marker."""
+    marker = storage.join(checkpoint.folder, MARKER)
+    found = {name: (record.size_bytes, record.sha256) for name, record in checkpoint.files.items()}
     found[MARKER] = (storage.size_bytes(marker), storage.sha256(marker))
-    place = f"{CHECKPOINTS}/{os.path.basename(newest.folder)}"
-    pointers = [
-        ArtifactFile(f"{place}/{name}", size, sha256, storage.join(newest.folder, name))
+    place = f"{CHECKPOINTS}/{os.path.basename(checkpoint.folder)}"
+    return [
+        ArtifactFile(f"{place}/{name}", size, sha256, storage.join(checkpoint.folder, name))
         for name, (size, sha256) in sorted(found.items())
     ]
-    handle.point_to(pointers, folder=CHECKPOINTS)
 
 
 def _open_mlflow_run(recipe: Recipe, run_dir: str, *, datasets: list[DatasetInput], is_new: bool) -> RunHandle:

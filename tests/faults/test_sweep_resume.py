@@ -13,6 +13,10 @@ from typing import Any
 
 import pytest
 
+from raydist.tracking import server
+from raydist.tracking.find import list_runs
+from raydist.tracking.jsonl import read_curve
+from raydist.tracking.sweep_runs import PARENT_TAG, STATE_TAG
 from tests.faults.ray_nodes import RayNodes
 from tests.runtime.sweeps import METRIC, RATE, attempts, is_in_the_middle, lines, saved, wait_for, write_sweep
 from tests.training.cases import quiet_environment
@@ -52,6 +56,24 @@ def table(result: Mapping[str, Any], name: str) -> Table:
     ]
 
 
+def assert_mlflow_is_whole(result: Mapping[str, Any], folder: Path) -> None:
+    """One run for the sweep and one for each trial, all ended, each step once."""
+    runs = {run.name: run for run in list_runs(result["mlflow_uri"])}
+    names = [trial["name"] for trial in result["trials"]]
+    assert len(list_runs(result["mlflow_uri"])) == len(runs) == 1 + len(names)
+    assert {run.status for run in runs.values()} == {"FINISHED"}
+    client = server.connect(result["mlflow_uri"])
+    for name in names:
+        tags = runs[name].tags
+        assert (tags[PARENT_TAG], tags[STATE_TAG]) == (result["mlflow_run_id"], "finished")
+        curves = read_curve(str(folder / name / "metrics.jsonl"))
+        for metric in (METRIC, "loss"):
+            history = client.get_metric_history(runs[name].run_id, metric)
+            assert [point.step for point in history] == [step for step, _ in curves[metric]], (name, metric)
+        files = {item.path for item in client.list_artifacts(runs[name].run_id)}
+        assert {"model", "pictures"} <= files
+
+
 @pytest.fixture(scope="module")
 def whole(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Table:
     """The table of the sweep, left alone."""
@@ -62,7 +84,8 @@ def whole(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Table:
 def test_kill_the_driver_and_resume(
     dataset: str, whole: Table, tmp_path: Path, record_fault: Callable[..., None]
 ) -> None:
-    path = write_sweep(tmp_path, dataset, **SWEEP)
+    """The driver keeps an MLflow of its own, and dies somewhere between a trial's end and what it has to say of it."""
+    path = write_sweep(tmp_path, dataset, **SWEEP, recipe={"tracking.mlflow_uri": f"sqlite:///{tmp_path}/mlflow.db"})
     killed = start(path, "name=killed")
     folder = tmp_path / "out" / "killed"
     wait_for(lambda: is_in_the_middle(folder) or killed.poll() is not None)
@@ -77,9 +100,10 @@ def test_kill_the_driver_and_resume(
     went_on = [name for name in {line["name"] for line in before} - ended]
     assert any(len(attempts(folder, name)) > 1 for name in went_on), "no trial went on from its checkpoint"
     assert table(resumed, "killed") == whole
+    assert_mlflow_is_whole(resumed, folder)
     record_fault(
         "kill -9 of a sweep's driver, then --resume",
-        "finished trials kept, running ones went on; same table",
+        "finished trials kept, running ones went on; same table, one MLflow run each",
         steps_lost=None,
         recovery_s=None,
     )

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,18 @@ import ray
 import ray.train
 from ray.util import placement_group, placement_group_table, remove_placement_group
 
+from raydist.checkpoint.layout import newest_complete, read_checkpoint
+from raydist.core import storage
 from raydist.core.errors import CapacityError
 from raydist.evaluation.sweep_records import TrialRecord, final_value
 from raydist.runtime.ray_internals import ENVIRONMENT, InProcessTrainer, spare_workers
 from raydist.runtime.sweep import run_sweep
 from raydist.runtime.trial_stages import STAGES
 from raydist.tracking import server
+from raydist.tracking.artifacts import CHECKPOINTS, read_manifest
+from raydist.tracking.find import find_run
 from raydist.tracking.jsonl import read_curve
+from raydist.training.driver import checkpoint_files
 from raydist.training.lease import LEASE
 from tests.runtime.sweeps import METRIC, RATE, Watcher, actors, assert_nothing_left, lines, make_sweep
 
@@ -62,6 +68,7 @@ def test_asha_stops_the_worst_frees_their_workers_and_leaves_nothing(
     assert stages
     assert all(names == set(STAGES) for names in stages)
     check_mlflow(outcome, sweep.name)
+    check_pointer(outcome)
 
 
 def check_mlflow(outcome: Any, name: str) -> None:
@@ -88,6 +95,26 @@ def check_mlflow(outcome: Any, name: str) -> None:
     versions = client.search_model_versions("name = 'winner'")
     assert [version.run_id for version in versions] == [by_name[outcome.best.name].info.run_id]
     assert outcome.model_version == 1
+
+
+def check_pointer(outcome: Any) -> None:
+    """``best.json`` names a checkpoint that is there; the sweep and finished trials point to theirs as trained runs do."""
+    pointer = json.loads(Path(outcome.folder.file("best.json")).read_text())["checkpoint"]
+    assert (pointer["step"], os.path.dirname(pointer["path"])) == (8, f"{outcome.best.run_dir}/checkpoints")
+    assert read_checkpoint(pointer["path"]).step == 8
+    assert pointer["sha256"] == storage.sha256(f"{pointer['path']}/complete.json")
+    assert pointer["size"] == sum(os.path.getsize(file["uri"]) for file in pointer["files"])
+    assert all(storage.sha256(file["uri"]) == file["sha256"] for file in pointer["files"])
+    client = server.connect(outcome.parent.uri)
+    assert client.get_run(outcome.parent.run_id).data.tags["raydist.best_checkpoint"] == pointer["path"]
+    saved = {outcome.parent.run_id: newest_complete(outcome.best.run_dir)}
+    for record in outcome.records:
+        newest = newest_complete(record.run_dir) if record.state == "finished" else None
+        saved[find_run(record.run_dir).run_id] = newest
+    for run_id, newest in saved.items():
+        files = [file for file in read_manifest(client, run_id) if file.name.startswith(f"{CHECKPOINTS}/")]
+        assert files == ([] if newest is None else checkpoint_files(newest))
+    assert pointer["files"] == [asdict(file) for file in checkpoint_files(read_checkpoint(pointer["path"]))]
 
 
 def test_the_number_of_workers_does_not_change_a_metric_and_a_failed_trial_does_not_end_a_sweep(

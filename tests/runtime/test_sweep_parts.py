@@ -136,7 +136,9 @@ def test_the_last_line_of_a_trial_counts_and_a_torn_one_does_not(tmp_path: Path)
     folder.begin(1, {"a": 2})
     with (tmp_path / TRIALS).open("a") as stream:
         stream.write('{"index": 1, "name": "s-0')
+    torn = (tmp_path / TRIALS).read_bytes()
     again = SweepDir(str(tmp_path), name="s")
+    assert (tmp_path / TRIALS).read_bytes() == torn, "another driver may be writing the line"
     assert [(e.index, e.state, e.is_done) for e in again.trials] == [(0, "finished", True), (1, "running", False)]
     again.begin(1, {"a": 2})
     assert len((tmp_path / TRIALS).read_text().splitlines()) == 4

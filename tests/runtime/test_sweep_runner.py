@@ -37,6 +37,9 @@ class Halves:
     def check(self, parameters: Mapping[str, Any]) -> None:
         self._sweep.resolve_trial(parameters)
 
+    def rebook(self, index: int, record: TrialRecord) -> None:
+        raise AssertionError("a runner books only what ends while it runs")
+
     def share(self, parameters: Mapping[str, Any], nodes: Sequence[Mapping[str, float]]) -> float:
         return 0.5
 
