@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from data_loaders.prepare import MapTasks
     from data_loaders.prepare_settings import PrepareSettings
 
-_RUN_CONFIG = "config.yaml"
 _SHOWN_CHARACTERS = 400
 
 
@@ -229,11 +228,12 @@ def _mixture(args: argparse.Namespace) -> tuple[Mixture, int]:
     from raydist.core import storage
     from raydist.core.errors import ConfigError
     from raydist.core.units import parse_bytes
+    from raydist.training.run_dir import CONFIG
 
     if (args.run is None) == (args.dataset is None):
         raise ConfigError("name either a dataset or a run", where="raydist data show", expected="DIR, or --run RUN_DIR")
     run_dir = args.run
-    if run_dir is None and storage.exists(storage.join(args.dataset, _RUN_CONFIG)):
+    if run_dir is None and storage.exists(storage.join(args.dataset, CONFIG)):
         run_dir = args.dataset
     if run_dir is None:
         mixture = open_mixture(
@@ -261,10 +261,11 @@ def _run_config(run_dir: str) -> dict[str, Any]:
     from raydist.config.load import read_yaml
     from raydist.core import storage
     from raydist.core.errors import ConfigError
+    from raydist.training.run_dir import CONFIG
 
-    path = storage.join(run_dir, _RUN_CONFIG)
+    path = storage.join(run_dir, CONFIG)
     if not storage.exists(path):
-        raise ConfigError("this is not a run directory", where=run_dir, found=f"no {_RUN_CONFIG}")
+        raise ConfigError("this is not a run directory", where=run_dir, found=f"no {CONFIG}")
     return read_yaml(path)
 
 

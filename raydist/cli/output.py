@@ -10,9 +10,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 EXIT_UNFINISHED = 75  # EX_TEMPFAIL: nothing is wrong and the work is not done; whoever started it may start it again
-EXIT_NOT_READY = 2
-EXIT_MISTAKE = 2  # as of every RaydistError that the user can mend
-EXIT_FAILED = 2  # it ran, and nothing came of it
+EXIT_FAILED = 2  # what a mistake ends with as well
 
 _json_mode = False
 

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import Any
 
-from raydist.cli.output import EXIT_NOT_READY, say, table
+from raydist.cli.output import EXIT_FAILED, say, table
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     inside = args.address is not None and not args.address.startswith("http")
     answers = _from_inside(args) if inside else _from_outside(args)
     _say_table(answers["checks"])
-    return {**answers, **({} if answers["ready"] else {"exit_code": EXIT_NOT_READY})}
+    return {**answers, **({} if answers["ready"] else {"exit_code": EXIT_FAILED})}
 
 
 def _from_inside(args: argparse.Namespace) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import functools
 import os
 from typing import Any
 
-from raydist.cli.output import EXIT_MISTAKE, EXIT_UNFINISHED, console, next_commands, say
+from raydist.cli.output import EXIT_FAILED, EXIT_UNFINISHED, console, next_commands, say
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +77,7 @@ def _in_this_process(recipe: Any, *, resume: bool, display: Any) -> dict[str, An
     with process_group(timeout_s=recipe.config.scaling.collective_timeout_s) as workers:
         if not workers.is_first:
             if not broadcast_json(None):
-                raise SystemExit(EXIT_MISTAKE)  # rank 0 says which
+                raise SystemExit(EXIT_FAILED)  # rank 0 says which
             run_dir = run_dir_of(recipe)
             run_attempt(recipe, run_dir=run_dir, is_ours=functools.partial(is_held, run_dir, holder_of(run_dir)))
             return {}

@@ -304,10 +304,10 @@ def _folders(expected: Expectations) -> list[str]:
     if expected.recipe is None:
         return [default_cache_dir()]
     config = expected.recipe.config
-    spool = (
-        [spool_root(config.checkpoint.spool_dir)] if storage.is_remote(expected.output_dir or config.output_dir) else []
-    )
-    return [config.data.cache_dir or default_cache_dir(), *spool]
+    cache_dir = config.data.cache_dir or default_cache_dir()
+    if storage.is_remote(expected.output_dir or config.output_dir):
+        return [cache_dir, spool_root(config.checkpoint.spool_dir)]
+    return [cache_dir]
 
 
 def _unanswered(name: str, answers: _Answers) -> Check | None:
